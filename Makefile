@@ -1,0 +1,45 @@
+# Two threads per process and sleeping, not spinning, workers: see CONTRIBUTING.md, "Threads".
+export OMP_WAIT_POLICY = passive
+export MPLBACKEND = Agg
+SHELL := /bin/bash
+PY := .venv/bin/python
+BIN := .venv/bin
+NB := $(sort $(wildcard nbs/*.ipynb))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test notebooks export check lab clean docs
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/.ready: pyproject.toml
+	python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --python $(PY) --quiet --compile-bytecode -e ".[dev]"
+	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; fi
+	@touch $@
+
+setup: .venv/.ready  ## build .venv with everything the project needs (done by the other targets on first use)
+
+demo: setup  ## train a small EdgeConnect on real photographs, headlessly, and evaluate it: runs/demo/
+	@$(PY) tests/demo.py
+
+test: setup  ## every notebook (nbdev_test) and every test (pytest), with the ten slowest
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) tests/run_all.py
+
+notebooks: setup  ## execute the notebooks in place, so that readers see results (N=nbs/25_x.ipynb for one)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) tests/execute_notebooks.py $(or $(N),$(NB))
+	@$(BIN)/nbdev_clean
+
+export: setup  ## write inpaint_lib/ from the notebooks
+	$(BIN)/nbdev_export
+
+check: setup  ## is the library in step with the notebooks, are the notebooks clean, does the style hold?
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/in_step
+	$(BIN)/ruff check nbs tests
+
+lab: setup  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=.
+
+clean:  ## remove runs and caches (the checkout's own files stay)
+	rm -rf runs .pytest_cache .ruff_cache inpaint_lib/__pycache__ inpaint_lib/*/__pycache__

@@ -1,0 +1,34 @@
+"""Execute notebooks in place, so that a reader sees results: python tests/execute_notebooks.py nbs/00_core.ipynb ...
+
+Each runs in the folder nbs/ with its default parameters, as `nbdev_test` runs it. A notebook that raises is left as it was.
+"""
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+LIMIT_KB = 300
+
+
+def execute(path):
+    "Run one notebook and store its outputs; returns (seconds, kilobytes)"
+    nb, start = nbformat.read(path, as_version=4), time.time()
+    NotebookClient(nb, timeout=600, kernel_name='python3',
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
+    for cell in nb.cells: cell.metadata.pop('execution', None)
+    nb.metadata.pop('language_info', None)
+    text = nbformat.writes(nb)
+    if str(Path.cwd()) in text: raise SystemExit(f'{path}: its outputs name a folder of this machine')
+    path.write_text(text + '\n', encoding='utf-8')
+    return time.time() - start, len(text)//1000
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
+    if os.environ['MPLBACKEND'] == 'Agg': os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
+    for path in map(Path, sys.argv[1:]):
+        seconds, kb = execute(path)
+        print(f'{path}: {seconds:.1f} s, {kb} kB' + ('  TOO LARGE' if kb > LIMIT_KB else ''), flush=True)
