@@ -50,7 +50,7 @@ def checkout()->Path|None:
     except NameError: root = Path.cwd().resolve().parent      # the cells of this very notebook
     return root if (root/'settings.ini').is_file() and (root/'nbs').is_dir() else None
 
-# %% ../nbs/00_core.ipynb #b4824749
+# %% ../nbs/00_core.ipynb #6ee6ce87
 @contextlib.contextmanager
 def atomic_write(path):  # the file to be written
     "Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise"
@@ -65,6 +65,7 @@ def atomic_write(path):  # the file to be written
         raise InputError(f'{path}: not written ({e.strerror or e}); what was there before is untouched') from e
     finally: Path(tmp).unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #6ce99cc9
 def _umask():
     "The process's file mode mask (it can be read only by setting it)"
     mask = os.umask(0); os.umask(mask)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from .core import InputError
 
-# %% ../nbs/10_layers.ipynb #a1c8f926
+# %% ../nbs/10_layers.ipynb #473fe0e8
 class SpectralNorm:
     "Forward hooks that divide a layer's weight by its largest singular value (Miyato et al. 2018)"
-    def __init__(self, dim:int,     # axis of the weight that counts outputs: 0, or 1 if transposed
-                 eps:float=1e-12):  # guards the division by a norm
-        self.dim, self.eps = dim, eps
+    def __init__(self, dim:int):  # axis of the weight that counts outputs: 0, or 1 if transposed
+        self.dim = dim
 
     def matrix(self, w:Tensor)->Tensor:
         "The weight as a matrix (outputs, everything else)"
@@ -30,8 +29,8 @@ class SpectralNorm:
             W = self.matrix(m.weight_orig)
             if m.training:
                 with torch.no_grad():
-                    v.copy_(F.normalize(W.t().mv(u), dim=0, eps=self.eps))
-                    u.copy_(F.normalize(W.mv(v), dim=0, eps=self.eps))
+                    v.copy_(F.normalize(W.t().mv(u), dim=0))
+                    u.copy_(F.normalize(W.mv(v), dim=0))
                 u, v = u.clone(), v.clone()      # the next forward overwrites the buffers
             m.weight = m.weight_orig / u.dot(W.mv(v))
 
@@ -39,18 +38,16 @@ class SpectralNorm:
         "After a forward: keep the value of `weight`, let go of its graph, so that the layer can be copied"
         m.weight = m.weight.detach()
 
-# %% ../nbs/10_layers.ipynb #70aa74ec
+# %% ../nbs/10_layers.ipynb #62c1faa5
 def spectral_norm(module:nn.Module,  # Conv2d, ConvTranspose2d or Linear; changed in place
                  )->nn.Module:       # the same module, with weight_orig, weight_u and weight_v
-    "Divide a layer's weight by its spectral norm at each forward (Miyato et al. 2018). `InputError` for other modules or twice"
-    if 'weight_orig' in module._parameters:
-        raise InputError(f'{type(module).__name__} has a spectral norm already; expected a plain layer')
-    w = module._parameters.get('weight')
-    if w is None or w.dim() < 2:
-        raise InputError(f'{type(module).__name__} has no weight matrix; expected a convolution or a linear layer')
+    "Divide a layer's weight by its spectral norm at each forward (Miyato et al. 2018). `InputError`: no weight, or twice"
+    w, kind = module._parameters.get('weight'), type(module).__name__
+    if 'weight_orig' in module._parameters: raise InputError(f'{kind} has a spectral norm already; expected a plain layer')
+    if w is None or w.dim() < 2: raise InputError(f'{kind} has no weight matrix; expected a convolution or a linear layer')
     hook = SpectralNorm(1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0)
     W = hook.matrix(w.detach())
-    u, v = (F.normalize(W.new_empty(n).normal_(), dim=0, eps=hook.eps) for n in W.shape)
+    u, v = (F.normalize(W.new_empty(n).normal_(), dim=0) for n in W.shape)
     del module._parameters['weight']
     module.register_parameter('weight_orig', w)
     module.weight = w.data                       # something to look at until the first forward
@@ -60,6 +57,7 @@ def spectral_norm(module:nn.Module,  # Conv2d, ConvTranspose2d or Linear; change
     module.register_forward_hook(hook.after)
     return module
 
+# %% ../nbs/10_layers.ipynb #6144014c
 def maybe_spectral_norm(module:nn.Module,  # a convolution or a linear layer
                         on:bool,           # False: leave it as it is
                        )->nn.Module:

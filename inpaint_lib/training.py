@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FREE', 'Recipe', 'TrainConfig', 'frozen', 'Updater', 'd_pass', 'g_pass', 'TrainingStopped', 'step_with',
            'follow', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights',
-           'TrainResult', 'read_log', 'train', 'averaged', 'sample_rows', 'device_name']
+           'TrainResult', 'train', 'averaged', 'sample_rows', 'device_name']
 
-# %% ../nbs/14_training.ipynb #87716df8
+# %% ../nbs/14_training.ipynb #7aaa896b
 import abc, contextlib, dataclasses, json, pickle, sys, time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, atomic_write, write_json
+from .core import InputError, atomic_write, keyed_rng, write_json
 
 # %% ../nbs/14_training.ipynb #d65d6362
 class Recipe(nn.Module, abc.ABC):
@@ -67,7 +67,7 @@ class TrainConfig:
         for k in ('steps', 'batch_size', 'accumulate', 'save_every', 'log_every'):
             if getattr(self, k) < 1: raise InputError(f'{k} is {getattr(self, k)}; expected 1 or more')
 
-# %% ../nbs/14_training.ipynb #f0ed9283
+# %% ../nbs/14_training.ipynb #d145970b
 def _engine(config):
     "accelerate's Accelerator for this run (its state is a process-wide singleton: reset when nothing runs in parallel)"
     from accelerate import Accelerator
@@ -85,26 +85,25 @@ def frozen(net:nn.Module|None):
     finally:
         for p in ps: p.requires_grad_(True)
 
+# %% ../nbs/14_training.ipynb #2c4d66e4
 def _detached(out): return {k: [t.detach() for t in v] if isinstance(v, (list, tuple)) else v.detach() for k, v in out.items()}
 
-# %% ../nbs/14_training.ipynb #d294e776
+# %% ../nbs/14_training.ipynb #41f3f6b5
 class Updater:
     "Networks, optimisers and averaged weights of a recipe; `update` makes one step of the papers' two orders"
     def __init__(self, recipe:Recipe, config:TrainConfig):
         self.recipe, self.config, self.engine, self.step = recipe, config, _engine(config), 0
         recipe.to(self.engine.device)
-        if config.channels_last: recipe.to(memory_format=torch.channels_last)
-        _same_start(recipe)
+        _same_start(recipe, config.channels_last)
         self.opt_G, self.opt_D = recipe.optimizers()
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.opt_G, factor=.1, patience=config.plateau_patience, min_lr=config.min_lr)
+        falls = torch.optim.lr_scheduler.ReduceLROnPlateau
+        self.plateau = falls(self.opt_G, factor=.1, patience=config.plateau_patience, min_lr=config.min_lr)
         self.window, self.ema = [], _copy(recipe.G) if config.ema else {}
 
     def update(self, draws:list)->dict:
         "`draws`: for each of D's steps (then G's, if its batch is its own) a list of `accumulate` batches -> named values"
-        r, shared, values = self.recipe, None, {}
-        r.train(); r.step = self.step
-        torch.manual_seed(hash((self.config.seed, self.step, self.engine.process_index)) % 2**63)
+        r, shared, values = self.recipe.train(), None, {}
+        r.step = self.step; _seed_device(self)
         if r.D is not None and self.step >= r.d_from:
             for batches in draws[:r.d_steps]:
                 shared = d_pass(self, batches, values, keep=batches is draws[-1] and len(batches) == 1)
@@ -115,21 +114,28 @@ class Updater:
         self.step += 1; follow(self, values)
         return values
 
-# %% ../nbs/14_training.ipynb #3ab0cf16
-def _same_start(recipe):
-    "All processes begin with the weights of the first"
+# %% ../nbs/14_training.ipynb #b4c59ae2
+def _same_start(recipe, channels_last):
+    "All processes begin with the weights of the first, in the memory layout that was asked for"
     from accelerate.utils import broadcast
+    if channels_last: recipe.to(memory_format=torch.channels_last)
     for t in recipe.state_dict().values(): t.copy_(broadcast(t.detach().clone()))
+
+# %% ../nbs/14_training.ipynb #c78d04dd
+def _seed_device(up):
+    "Draws on the device (gradient penalty, dropout) depend on (seed, step, process) alone"
+    torch.manual_seed(int(keyed_rng(up.config.seed, up.step, up.engine.process_index, 'device').integers(2**62)))
 
 def _copy(net): return {k: v.detach().clone() for k, v in net.state_dict().items()}
 
+# %% ../nbs/14_training.ipynb #bc414a59
 def _backward(up, terms, values):
     "Back-propagate the sum of the terms (a mean over accumulation) and add their values"
     n = up.config.accumulate; loss = sum(terms.values())/n
     if loss.requires_grad: loss.backward()
     for k, v in terms.items(): values[k] = values.get(k, 0) + v.detach().float()/n
 
-# %% ../nbs/14_training.ipynb #1b15eadc
+# %% ../nbs/14_training.ipynb #a8990627
 def d_pass(up:Updater, batches:list, values:dict, *, keep:bool)->list:
     "D's gradients over all batches; returns [(out or None, what d_terms added)] for `g_pass`"
     up.opt_D.zero_grad(set_to_none=True); shared = []
@@ -142,6 +148,7 @@ def d_pass(up:Updater, batches:list, values:dict, *, keep:bool)->list:
         shared.append((out if keep else None, _detached({k: v for k, v in seen.items() if k not in out})))
     return shared
 
+# %% ../nbs/14_training.ipynb #d3851bed
 def g_pass(up:Updater, batches:list, values:dict, shared:list|None):
     "G's gradients over all batches, D frozen; metrics are logged under their names with 'm_' in front"
     up.opt_G.zero_grad(set_to_none=True)
@@ -156,10 +163,11 @@ def g_pass(up:Updater, batches:list, values:dict, shared:list|None):
         with torch.no_grad(): metrics = up.recipe.metrics(batch, _detached(out))
         for k, v in metrics.items(): values['m_'+k] = values.get('m_'+k, 0) + v/len(batches)
 
-# %% ../nbs/14_training.ipynb #862fdcf5
+# %% ../nbs/14_training.ipynb #0544d1f8
 class TrainingStopped(InputError):
     "A loss is not finite: training stops, the last good checkpoint stays"
 
+# %% ../nbs/14_training.ipynb #aecaa512
 def step_with(up:Updater, opt, values:dict):
     "Average over processes, check, step. Raises `TrainingStopped` that names the first term that is not finite"
     names = [k for k, v in values.items() if torch.is_tensor(v)]
@@ -172,6 +180,7 @@ def step_with(up:Updater, opt, values:dict):
         p.grad = up.engine.reduce(p.grad, reduction='mean')
     opt.step()
 
+# %% ../nbs/14_training.ipynb #f5c549a5
 def follow(up:Updater, values:dict):
     "After a step: the averaged generator, and the learning rate when G's loss has stopped falling"
     for k, v in up.recipe.G.state_dict().items() if up.ema else ():
@@ -184,7 +193,7 @@ def follow(up:Updater, values:dict):
         for group in up.opt_D.param_groups if up.opt_D else (): group['lr'] = rate*up.recipe.config.d2g
     up.window = up.window[-up.config.plateau_every:] if up.config.plateau_every else []
 
-# %% ../nbs/14_training.ipynb #008b89c5
+# %% ../nbs/14_training.ipynb #e51beced
 FORMAT = 1  # of checkpoints and weights files
 
 def save_checkpoint(up:Updater, path):
@@ -197,11 +206,13 @@ def save_checkpoint(up:Updater, path):
         try: torch.save(state, tmp)
         except RuntimeError as e: raise OSError(str(e).splitlines()[0]) from e   # torch's word for a full disk
 
+# %% ../nbs/14_training.ipynb #825a7aa8
 def _plain_config(config):
     "A recipe's config as JSON's own types"
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else vars(config)
     return json.loads(json.dumps(fields, default=str))
 
+# %% ../nbs/14_training.ipynb #11da84d0
 def read_checkpoint(path)->dict:
     "The content of a checkpoint. `InputError` in one line for a missing, truncated or foreign file, and for a pickle with code"
     try: state = torch.load(path, map_location='cpu', weights_only=True)
@@ -230,7 +241,7 @@ def load_checkpoint(up:Updater, path):
     up.plateau.load_state_dict(state['plateau'])
     up.step, up.window, up.ema = state['step'], state['window'], {k: v.to(up.engine.device) for k, v in state['ema'].items()}
 
-# %% ../nbs/14_training.ipynb #c5f3d882
+# %% ../nbs/14_training.ipynb #b8946920
 def save_weights(path, nets:dict, meta:dict, *, dtype=None):
     "`nets`: name -> state_dict; `meta`: JSON values (method, recipe, config, ...); `dtype` converts floating tensors"
     from safetensors.torch import save_file
@@ -238,6 +249,7 @@ def save_weights(path, nets:dict, meta:dict, *, dtype=None):
     tensors = {f'{n}.{k}': cast(v.detach().cpu()).contiguous().clone() for n, sd in nets.items() for k, v in sd.items()}
     with atomic_write(path) as tmp: save_file(tensors, tmp, metadata={'inpaint_lib': json.dumps(dict(meta, format=FORMAT))})
 
+# %% ../nbs/14_training.ipynb #96853618
 def load_weights(path)->tuple:
     "(name -> state_dict in float32, meta) of a weights file. `InputError` in one line for anything else"
     from safetensors import SafetensorError, safe_open
@@ -252,7 +264,7 @@ def load_weights(path)->tuple:
         nets.setdefault(net, {})[key] = v.float() if v.is_floating_point() else v
     return nets, meta
 
-# %% ../nbs/14_training.ipynb #f171ef98
+# %% ../nbs/14_training.ipynb #0ae910f2
 @dataclasses.dataclass
 class TrainResult:
     "What a run leaves"
@@ -262,21 +274,18 @@ class TrainResult:
     skipped:list     # unreadable files, named
     weights:Path|None = None
 
+# %% ../nbs/14_training.ipynb #b5be1667
 class _Log:
     "log.jsonl: one line per step; begins by dropping what is beyond the step that the run continues from"
     def __init__(self, path, step):
-        self.path, self.records = path, [r for r in read_log(path) if r['step'] <= step] if path and path.exists() else []
+        from inpaint_lib.viz import read_records
+        self.path, self.records = path, [r for r in read_records(path) if r['step'] <= step] if path and path.exists() else []
         if path:
             with atomic_write(path) as tmp: tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.records))
     def add(self, record):
         self.records.append(record)
         if self.path:
             with open(self.path, 'a') as f: f.write(json.dumps(record) + '\n')
-
-def read_log(path)->list:
-    "The records of a log.jsonl; a last line that was cut off by a crash is left out"
-    lines = Path(path).read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith('}')]
 
 # %% ../nbs/14_training.ipynb #cf75626d
 def _batches(up, dataset):
@@ -321,7 +330,7 @@ def train(recipe:Recipe,       # what to train
     if skipped and main: print(f'{len(skipped)} unreadable files were skipped, the first: {sorted(skipped)[0]}')
     return TrainResult(log.records, recipe, seconds, sorted(skipped), weights)
 
-# %% ../nbs/14_training.ipynb #61e05006
+# %% ../nbs/14_training.ipynb #83d5c0a4
 def _steps(up, dataset, skipped, progress):
     "Make the updates that are left; yields one record per step"
     from tqdm import tqdm
@@ -337,8 +346,10 @@ def _steps(up, dataset, skipped, progress):
         yield record
     bar.close()
 
+# %% ../nbs/14_training.ipynb #b0ee8eab
 def _number(v): return float(f'{float(v):.7g}') if abs(float(v)) < float('inf') else None   # JSON has no NaN
 
+# %% ../nbs/14_training.ipynb #74daf9be
 def _keep(up, path, samples):
     "Checkpoint and sample rows, when due"
     c, last = up.config, up.step == up.config.steps
@@ -347,7 +358,7 @@ def _keep(up, path, samples):
         from inpaint_lib.viz import image_rows, save_figure
         save_figure(image_rows(sample_rows(up, samples)), path.parent/'samples'/f'step_{up.step:07d}.png')
 
-# %% ../nbs/14_training.ipynb #bd36b20e
+# %% ../nbs/14_training.ipynb #9ba68667
 @contextlib.contextmanager
 def averaged(up:Updater):
     "The generator with its averaged weights (or as it is, without averaging), in eval mode, inside the block"
@@ -359,6 +370,7 @@ def averaged(up:Updater):
         if own: up.recipe.G.load_state_dict(own)
         up.recipe.train(was)
 
+# %% ../nbs/14_training.ipynb #c183b62d
 def sample_rows(up:Updater, samples:dict)->list:
     "One dict title -> (C,H,W) per picture of the batch"
     with averaged(up) as recipe, torch.no_grad(), up.engine.autocast():
@@ -367,6 +379,7 @@ def sample_rows(up:Updater, samples:dict)->list:
     n = len(samples['image'])
     return [{k: v[i].detach().float().cpu() for k, v in pictures.items()} for i in range(n)]
 
+# %% ../nbs/14_training.ipynb #cf87ac1c
 def _finish(up, run_dir, log, seconds, skipped, meta):
     "weights.safetensors and run.json; returns the path of the weights"
     r = up.recipe
@@ -376,6 +389,7 @@ def _finish(up, run_dir, log, seconds, skipped, meta):
     write_json(run_dir/'run.json', dict(info, skipped=skipped, processes=up.engine.num_processes))
     return run_dir/'weights.safetensors'
 
+# %% ../nbs/14_training.ipynb #ae4e597a
 def device_name(device)->str:
     "What a table calls this device: the GPU's name, or the CPU with its number of threads"
     return torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else f'{torch.device(device).type} ({torch.get_num_threads()} threads)'

@@ -65,7 +65,7 @@ def half_mask(rng, size)->np.ndarray:
     H, W = _hw(size)
     return _block((H, W), (H, W//2), 0, int(rng.integers(2))*(W - W//2))
 
-# %% ../../nbs/02_data.masks.ipynb #c6df4e93
+# %% ../../nbs/02_data.masks.ipynb #cff06d34
 def _sweep(a, b, r, hw):
     "When a disc of radius `r` going from pixel `a` to `b` first touches each pixel: (window, times), inf = never"
     lo = [max(0, math.floor(min(p, q) - r)) for p, q in zip(a, b)]
@@ -84,16 +84,24 @@ def brush_stroke(rng,                   # the generator that draws it
                  *, vertices=(4, 12),   # corners of the stroke, from and to
                  width=(.05, .16),      # of the brush, as a fraction of the shorter side
                  length=(.05, .25),     # of each straight piece, likewise
-                 start=None):           # (y, x) in pixels; None: anywhere
-    "Yield the straight pieces (a, b, radius) of one stroke; the brush turns at each corner and stays in the picture"
+                 start=None,            # (y, x) in pixels; None: anywhere inside the margin
+                 margin:int=0):         # pixels along the border that the brush keeps away from
+    "Yield the straight pieces (a, b, radius) of one stroke; the brush turns at each corner and bounces off the border"
     side, uniform = min(hw), lambda pair: float(rng.uniform(*pair))
-    a = start or tuple(int(rng.integers(n)) for n in hw)
+    a = start or tuple(int(rng.integers(margin, n - margin)) for n in hw)
     r, angle = max(.5, side*uniform(width)/2), uniform((0, 2*math.pi))
+    inset = margin + r if margin else 0
     for _ in range(int(rng.integers(vertices[0], vertices[1] + 1))):
         angle += uniform((-1.8, 1.8)); step = side*uniform(length)
-        b = tuple(min(max(round(p + step*d), 0), n - 1) for p, d, n in zip(a, (math.sin(angle), math.cos(angle)), hw))
+        b = (_bounce(a[0] + step*math.sin(angle), inset, hw[0] - 1 - inset),
+             _bounce(a[1] + step*math.cos(angle), inset, hw[1] - 1 - inset))
         yield a, b, r
-        a = b
+        angle, a = math.atan2(b[0] - a[0], b[1] - a[1]), b
+
+def _bounce(q, lo, hi):
+    "A coordinate reflected into [lo, hi], to whole pixels"
+    q = hi - abs(hi - lo - abs(q - lo))
+    return round(min(max(q, lo), max(hi, lo)))
 
 # %% ../../nbs/02_data.masks.ipynb #5146eb62
 def free_form(rng, size, *, strokes=(1, 4), **brush)->np.ndarray:
@@ -105,13 +113,13 @@ def free_form(rng, size, *, strokes=(1, 4), **brush)->np.ndarray:
             m[window] |= np.isfinite(tau)
     return m
 
-# %% ../../nbs/02_data.masks.ipynb #850f708d
-def _paint(rng, n:int, allowed, start, width):
-    "A bool mask with exactly `n` pixels, all in `allowed`, painted stroke by stroke from `start`"
-    m, left = np.zeros(allowed.shape, bool), n
+# %% ../../nbs/02_data.masks.ipynb #44399002
+def _paint(rng, n:int, hw, start, width, margin):
+    "A bool mask (H,W) with exactly `n` pixels, none in the margin, painted stroke by stroke from `start`"
+    m, allowed, left = np.zeros(hw, bool), _inside(hw, margin), n
     while left:
-        for a, b, r in brush_stroke(rng, m.shape, width=width, start=start):
-            window, tau = _sweep(a, b, r, m.shape)
+        for a, b, r in brush_stroke(rng, hw, width=width, start=start, margin=margin):
+            window, tau = _sweep(a, b, r, hw)
             new = np.isfinite(tau) & allowed[window] & ~m[window]
             count = int(new.sum())
             if count > left:                              # stop in the middle of this piece
@@ -122,14 +130,19 @@ def _paint(rng, n:int, allowed, start, width):
         start = None
     return m
 
+def _inside(hw, margin):
+    "Pixels at least `margin` away from the border: (H,W) bool"
+    return _block(hw, [n - 2*margin for n in hw], margin, margin)
+
 def _bin_counts(bounds, pixels:int, most:int):
     "The least and the largest number of hole pixels with lo < n/pixels <= hi and n <= most"
-    lo, hi = bounds
-    n = [k for k in range(int(lo*pixels) - 1, int(hi*pixels) + 2) if lo < k/pixels <= hi and 0 < k <= most]
-    if not n: raise InputError(f'no mask of {pixels} pixels has a hole ratio in ({lo}, {hi}]; expected a larger picture')
-    return n[0], n[-1]
+    (lo, hi), near = bounds, lambda x: range(int(x*pixels) - 2, int(x*pixels) + 3)    # rounding of lo*pixels
+    least = next(k for k in near(lo) if k/pixels > lo)
+    most = min(most, next(k for k in reversed(near(hi)) if k/pixels <= hi))
+    if most < least: raise InputError(f'no mask of {pixels} pixels has a hole ratio in ({lo}, {hi}]; expected a larger picture')
+    return least, most
 
-# %% ../../nbs/02_data.masks.ipynb #46847779
+# %% ../../nbs/02_data.masks.ipynb #68e4b0fc
 def sample_bin_mask(bin:int,    # 0 to 5, see HOLE_BINS
                     index:int,  # which mask of the set
                     *, size,    # side or (H, W)
@@ -140,12 +153,11 @@ def sample_bin_mask(bin:int,    # 0 to 5, see HOLE_BINS
     if bin not in range(len(HOLE_BINS)):
         raise InputError(f'no hole-ratio bin {bin}; expected 0 to {len(HOLE_BINS) - 1}, for {HOLE_BINS}')
     rng, (H, W) = keyed_rng(seed, index, bin, 'bin mask'), _hw(size)
-    allowed, margin = np.ones((H, W), bool), max(1, min(H, W)//16)
-    if border is False: allowed[:margin] = allowed[-margin:] = allowed[:, :margin] = allowed[:, -margin:] = False
-    least, most = _bin_counts(HOLE_BINS[bin], H*W, int(allowed.sum()))
+    margin = max(1, min(H, W)//16) if border is False else 0
+    least, most = _bin_counts(HOLE_BINS[bin], H*W, int(_inside((H, W), margin).sum()))
     n = int(rng.integers(least, most + 1))
     start = _border_pixel(rng, H, W) if border else None
-    return _paint(rng, n, allowed, start, (.04, .08 + .3*n/(H*W)))
+    return _paint(rng, n, (H, W), start, (.04, .08 + .3*n/(H*W)), margin)
 
 def _border_pixel(rng, H, W):
     "A random pixel (y, x) of the outermost rows and columns"
