@@ -10,26 +10,16 @@ __all__ = ['FILES', 'Parser', 'say', 'pairs', 'fill', 'typed', 'notebook', 'para
 import argparse, sys, warnings
 from pathlib import Path
 
-# %% ../nbs/34_cli.ipynb #93b3ea04
+# %% ../nbs/34_cli.ipynb #a6fc954d
 class Parser(argparse.ArgumentParser):
     "An ArgumentParser whose errors are one line on stderr; exit code 2"
     def error(self, message): self.exit(2, f'{self.prog}: {" ".join(message.split())} (see {self.prog} --help)\n')
 
-def say(text:str): print(f'inpaint: {text}', file=sys.stderr)
+def say(text:str):
+    "A line on stderr"
+    print(f'inpaint: {text}', file=sys.stderr)
 
-# %% ../nbs/34_cli.ipynb #c9928b07
-def pairs(image, mask, out)->list:  # of (image, mask, output) paths; mask None where none was found
-    "What `fill` has to do; `InputError` when the three arguments don't go together"
-    from inpaint_lib.core import InputError
-    from inpaint_lib.data.images import list_images
-    image, mask, out = Path(image), Path(mask), Path(out)
-    if not image.is_dir():
-        if mask.is_dir(): raise InputError(f'{mask} is a folder and {image} is not; expected two files or two folders')
-        return [(image, mask, out/_output(image).name if out.is_dir() else out)]
-    if out.is_file(): raise InputError(f'{out} is a file; expected a folder for the pictures of {image}')
-    masks, pictures = _by_stem(mask) if mask.is_dir() else None, _by_stem(image)
-    return [(p, mask if masks is None else masks.get(s), out/_output(p).name) for s, p in pictures.items()]
-
+# %% ../nbs/34_cli.ipynb #6f875fd2
 def _by_stem(folder):
     "Images below a folder by their name without suffix; `InputError` when two share it"
     from inpaint_lib.core import InputError
@@ -45,7 +35,28 @@ def _output(path):
     from inpaint_lib.inference import LOSSLESS
     return path if path.suffix.lower() in LOSSLESS else path.with_suffix('.png')
 
-# %% ../nbs/34_cli.ipynb #c70361de
+# %% ../nbs/34_cli.ipynb #c0970fd4
+def pairs(image, mask, out)->list:  # of (image, mask, output) paths; mask None where none was found
+    "What `fill` has to do; `InputError` when the three arguments don't go together"
+    from inpaint_lib.core import InputError
+    image, mask, out = Path(image), Path(mask), Path(out)
+    if not image.is_dir():
+        if mask.is_dir(): raise InputError(f'{mask} is a folder and {image} is not; expected two files or two folders')
+        return [(image, mask, out/_output(image).name if out.is_dir() else out)]
+    if out.is_file(): raise InputError(f'{out} is a file; expected a folder for the pictures of {image}')
+    masks, pictures = _by_stem(mask) if mask.is_dir() else None, _by_stem(image)
+    return [(p, mask if masks is None else masks.get(s), out/_output(p).name) for s, p in pictures.items()]
+
+# %% ../nbs/34_cli.ipynb #0fe1d9bc
+def _fill_one(inpainter, image, mask, out):
+    from inpaint_lib.core import InputError
+    from inpaint_lib.inference import save_result
+    if mask is None: raise InputError(f'{image}: no mask called {image.stem}')
+    note = save_result(inpainter(image, mask), out)
+    print(out)
+    if note: say(note)
+
+# %% ../nbs/34_cli.ipynb #6de95dac
 def fill(args):
     "Fill the hole of one picture, or of each picture of a folder"
     from inpaint_lib.core import InputError
@@ -63,14 +74,6 @@ def fill(args):
             failed.append(e); print(f'{image}: not filled')
     if failed: raise InputError(f'{len(failed)} of {len(todo)} pictures not filled: {"; ".join(map(str, failed))}')
 
-def _fill_one(inpainter, image, mask, out):
-    from inpaint_lib.core import InputError
-    from inpaint_lib.inference import save_result
-    if mask is None: raise InputError(f'{image}: no mask called {image.stem}')
-    note = save_result(inpainter(image, mask), out)
-    print(out)
-    if note: say(note)
-
 # %% ../nbs/34_cli.ipynb #72c671c1
 def typed(text:str):
     "A command-line value as YAML reads it (bool, int, float, None or text); '1e-4' is a number too"
@@ -82,7 +85,7 @@ def typed(text:str):
         except ValueError: return text
     return value if value is None or isinstance(value, (bool, int, float)) else text
 
-# %% ../nbs/34_cli.ipynb #f800eae8
+# %% ../nbs/34_cli.ipynb #547ae94a
 def notebook(name:str)->Path:
     "A notebook of the checkout that this package lies in; `InputError` for an installed wheel"
     from inpaint_lib.core import InputError, checkout
@@ -90,6 +93,17 @@ def notebook(name:str)->Path:
     if root and (root/'nbs'/f'{name}.ipynb').is_file(): return root/'nbs'/f'{name}.ipynb'
     raise InputError(f'nbs/{name}.ipynb is not beside this package; training and evaluation need a checkout of the project')
 
+# %% ../nbs/34_cli.ipynb #90a8cf37
+def _absolute(name, value):
+    "A path that exists seen from the working directory, made absolute: notebooks run in another folder"
+    if not isinstance(value, str): return value
+    if name == 'checkpoints':
+        parts = (p.partition('=') for p in value.split(','))
+        return ','.join(f'{k}{eq}{_absolute("checkpoint", v)}' for k, eq, v in parts)
+    is_path = name.endswith('_dir') or name in ('checkpoint', 'vgg_weights')
+    return str(Path(value).resolve()) if is_path and value and Path(value).exists() else value
+
+# %% ../nbs/34_cli.ipynb #ba1d346e
 def parameters(nb, given:dict, extra)->dict:  # given: from the options; extra: [(name, text)] of -p
     "All parameters for a run, typed; `InputError` names one that the notebook does not have"
     import papermill
@@ -100,16 +114,7 @@ def parameters(nb, given:dict, extra)->dict:  # given: from the options; extra: 
         if k not in known: raise InputError(f"{nb.name} has no parameter '{k}'; expected one of {', '.join(known)}")
     return values
 
-def _absolute(name, value):
-    "A path that exists seen from the working directory, made absolute: notebooks run in another folder"
-    if not isinstance(value, str): return value
-    if name == 'checkpoints':
-        parts = (p.partition('=') for p in value.split(','))
-        return ','.join(f'{k}{eq}{_absolute("checkpoint", v)}' for k, eq, v in parts)
-    is_path = name.endswith('_dir') or name in ('checkpoint', 'vgg_weights')
-    return str(Path(value).resolve()) if is_path and value and Path(value).exists() else value
-
-# %% ../nbs/34_cli.ipynb #20a2551e
+# %% ../nbs/34_cli.ipynb #ec9bb1a0
 def execute(nb:Path, out:Path, values:dict):
     "Run a notebook of nbs/ with these parameters, its prints shown as they come; the executed copy lies in `out`"
     import logging, papermill
@@ -118,18 +123,21 @@ def execute(nb:Path, out:Path, values:dict):
     out.mkdir(parents=True, exist_ok=True); logging.getLogger('papermill').setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(str(nb), str(out/nb.name), parameters=values, cwd=str(nb.parent),
-                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                                   extra_arguments=['--IPKernelApp.log_level=40'])     # errors only
     except PapermillExecutionError as e:
         why = (str(e.evalue).strip() or e.ename).splitlines()[0]
         raise InputError(f'{why} ({e.ename}; the executed notebook is {out/nb.name})') from None
     print(f'{out}: {", ".join(sorted(p.name for p in out.iterdir()))}')
 
+# %% ../nbs/34_cli.ipynb #fbed2bf5
 def train(args):
     "Train a recipe"
     out = Path(args.out or f'runs/{args.recipe}-{args.preset}').resolve()
     nb = notebook('40_train')
     execute(nb, out, parameters(nb, dict(recipe=args.recipe, preset=args.preset, out_dir=str(out)), args.p))
 
+# %% ../nbs/34_cli.ipynb #73764fd4
 def evaluate(args):
     "Measure a method, or the weights of a run, by hole ratio"
     from inpaint_lib.core import InputError
@@ -142,7 +150,7 @@ def evaluate(args):
     data = _absolute('data_dir', args.data)
     execute(nb, out, parameters(nb, dict(method=what, checkpoint=checkpoint, data_dir=data, out_dir=str(out)), args.p))
 
-# %% ../nbs/34_cli.ipynb #a1dfc483
+# %% ../nbs/34_cli.ipynb #0c0d52d3
 FILES = {'edge_connect': ('EdgeModel_gen.pth', 'InpaintingModel_gen.pth')}   # official files of each method, in order
 
 def import_(args):
@@ -157,6 +165,7 @@ def import_(args):
     meta = importers[args.method](*args.files, args.out)
     print(f"{args.out}: {args.method}, width {meta['config']['width']:g}")
 
+# %% ../nbs/34_cli.ipynb #ef033962
 def methods(args):
     "What can fill holes"
     from inpaint_lib.inference import available
@@ -164,7 +173,7 @@ def methods(args):
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in rows: print('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
 
-# %% ../nbs/34_cli.ipynb #c1337160
+# %% ../nbs/34_cli.ipynb #e04fbccd
 def build_parser()->Parser:
     "The whole command line"
     top = Parser(prog='inpaint', description='Fill holes in pictures with deep learning; train and measure the methods that do.')
@@ -176,7 +185,13 @@ def build_parser()->Parser:
     device = ('--device', dict(default='auto', help='auto, cpu, cuda (default: auto)'))
     extra = ('-p', dict(nargs=2, action='append', metavar=('NAME', 'VALUE'), help='a parameter of the notebook; may be repeated'))
     method = ('--method', dict(default='edge_connect', metavar='NAME', help='see inpaint methods (default: edge_connect)'))
-    _files(command, method, device)
+    _file_commands(command, method, device)
+    _run_commands(command, extra)
+    return top
+
+# %% ../nbs/34_cli.ipynb #ab9549f9
+def _run_commands(command, extra):
+    "The commands that execute a notebook"
     command('train', train, 'Train a recipe by executing nbs/40_train.ipynb.',
             ('recipe', dict(metavar='RECIPE', help='such as edge_connect.edge')),
             ('--preset', dict(default='tiny', help='tiny (minutes on a CPU) or paper')), extra,
@@ -185,9 +200,9 @@ def build_parser()->Parser:
             ('checkpoint_or_method', dict(metavar='CHECKPOINT_OR_METHOD', help='a weights file, the folder of a run, or a method')),
             ('--data', dict(metavar='FOLDER', help='photographs (default: the one in scikit-image that is held out)')), extra,
             ('--out', dict(metavar='DIR', help='default: runs/evaluate-METHOD')))
-    return top
 
-def _files(command, method, device):
+# %% ../nbs/34_cli.ipynb #7d9984a7
+def _file_commands(command, method, device):
     "The commands that work on files"
     command('fill', fill, 'Fill the hole of a picture; of every picture of a folder.',
             ('image', dict(metavar='IMAGE', help='a file or a folder')),

@@ -6,7 +6,8 @@
 __all__ = ['BLOCKS', 'WIDTHS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'EDGE_CONNECT_LAYERS', 'vgg_convs', 'vgg_layers', 'vgg_shapes',
            'load_vgg', 'FrozenConv2d', 'frozen_convs', 'vgg_depth', 'vgg_forward', 'VGGFeatures']
 
-# %% ../nbs/11_features.ipynb #4b066d82
+# %% ../nbs/11_features.ipynb #44a0e3b6
+import pickle
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 from .core import InputError
 
-# %% ../nbs/11_features.ipynb #f122fcea
+# %% ../nbs/11_features.ipynb #0a528da6
 BLOCKS = {'vgg16': (2, 2, 3, 3, 3), 'vgg19': (2, 2, 4, 4, 4)}     # convolutions per block
 WIDTHS = (64, 128, 256, 512, 512)                                 # channels per block
 
 def vgg_convs(arch:str='vgg19',  # or 'vgg16'
              )->list:            # of (name '3_1', position in torchvision's `features`, in_ch, out_ch)
-    "The convolutions of a VGG from the picture inwards (Simonyan & Zisserman 2015, table 1, columns D and E)"
+    "The convolutions of a VGG from the picture inwards (Simonyan & Zisserman 2015)"
     if arch not in BLOCKS: raise InputError(f"no VGG called '{arch}'; expected one of {', '.join(BLOCKS)}")
     convs, at, in_ch = [], 0, 3
     for b, (n, ch) in enumerate(zip(BLOCKS[arch], WIDTHS), 1):
@@ -31,34 +32,34 @@ def vgg_convs(arch:str='vgg19',  # or 'vgg16'
         at += 1                          # the pooling that ends a block
     return convs
 
-# %% ../nbs/11_features.ipynb #cd8a6039
+# %% ../nbs/11_features.ipynb #7b3e4dc9
 def vgg_layers(arch:str='vgg19')->list:
     "All layer names, from the picture inwards: 'conv1_1', 'relu1_1', 'conv1_2', ..."
     return [kind + name for name, *_ in vgg_convs(arch) for kind in ('conv', 'relu')]
 
 def vgg_shapes(arch:str='vgg19')->dict:
-    "The keys and shapes of the convolution weights in torchvision's files: 'features.0.weight' -> (64,3,3,3), ..."
+    "Keys and shapes of the weights in torchvision's files: 'features.0.weight' -> (64,3,3,3), ..."
     return {f'features.{at}.{k}': s for _, at, i, o in vgg_convs(arch)
             for k, s in (('weight', (o, i, 3, 3)), ('bias', (o,)))}
 
-# %% ../nbs/11_features.ipynb #d843734b
-def load_vgg(weights,             # 'auto' (torchvision's, downloaded once), a .safetensors or .pth file, or a state dict
+# %% ../nbs/11_features.ipynb #23224afa
+def load_vgg(weights,             # 'auto' (torchvision's, downloaded once), a .safetensors or .pth file, a state dict
              arch:str='vgg19',
             )->tuple:             # (state dict of torchvision's keys, where it came from)
-    "The weights of a VGG as a state dict. `InputError` when the file is missing, damaged or wants to run code, or the download fails"
+    "The weights of a VGG. `InputError`: file missing, damaged or wanting to run code; download failed"
     if not isinstance(weights, (str, Path)): return dict(weights), 'the given state dict'
     if str(weights) == 'auto': return _download(arch), "torchvision's ImageNet weights"
     path = Path(weights)
-    if not path.is_file(): raise InputError(f"{path}: no such file; expected VGG weights (.safetensors, .pth) or 'auto'")
+    if not path.is_file(): raise InputError(f"{path}: no such file; expected .safetensors, .pth or 'auto'")
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(path), str(path)
         return dict(torch.load(path, map_location='cpu', weights_only=True)), str(path)
     except Exception as e:
-        raise InputError(f'{path}: not readable as a state dict ({_line(e)}); expected torchvision\'s VGG keys') from e
+        raise InputError(f'{path}: no state dict ({_line(e)}); expected torchvision\'s VGG keys') from e
 
-# %% ../nbs/11_features.ipynb #19b29d4d
+# %% ../nbs/11_features.ipynb #43751c2e
 def _download(arch):
     "torchvision's weights; torchvision is imported only here"
     from torchvision.models import get_model_weights
@@ -68,7 +69,8 @@ def _download(arch):
                          "give vgg_weights a file, or 'none' where the preset allows it") from e
 
 def _line(e):
-    "The first line of an error's message"
+    "An error's message in one line; torch's on an unsafe pickle is a page"
+    if isinstance(e, pickle.UnpicklingError): return 'damaged, or a pickle that wants to run code'
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
 
 # %% ../nbs/11_features.ipynb #6afb88ef
@@ -83,20 +85,20 @@ class FrozenConv2d(nn.Conv2d):
     def _save_to_state_dict(self, *args): pass
     def _load_from_state_dict(self, *args): pass
 
-# %% ../nbs/11_features.ipynb #a65f29ee
+# %% ../nbs/11_features.ipynb #78316561
 def frozen_convs(state:dict,      # torchvision's keys
                  arch:str,
                  source:str,      # for messages
                 )->dict:          # 'conv1_1' -> FrozenConv2d, up to the first convolution that is missing
-    "The convolutions that a state dict holds, in float32 (float64 stays). `InputError` when a shape is another network's"
+    "The convolutions in a state dict, in float32 (float64 stays). `InputError`: a shape of another network"
     convs = {}
     for name, at, i, o in vgg_convs(arch):
         w, b = state.get(f'features.{at}.weight'), state.get(f'features.{at}.bias')
         if w is None or b is None: break
         if tuple(w.shape) != (o, i, 3, 3):
-            raise InputError(f"{source}: features.{at}.weight has shape {tuple(w.shape)}; {arch} has {(o, i, 3, 3)}")
+            raise InputError(f'{source}: features.{at}.weight is {tuple(w.shape)}; {arch} has {(o, i, 3, 3)}')
         dtype = torch.promote_types(w.dtype, torch.float32)
-        convs['conv' + name] = FrozenConv2d(w.detach().to(dtype, copy=True), b.detach().to(dtype, copy=True))
+        convs['conv' + name] = FrozenConv2d(*(t.detach().to(dtype, copy=True) for t in (w, b)))
     return convs
 
 # %% ../nbs/11_features.ipynb #97527a71

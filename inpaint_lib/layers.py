@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .core import InputError
 
-# %% ../nbs/10_layers.ipynb #473fe0e8
+# %% ../nbs/10_layers.ipynb #3cb5b7fa
 class SpectralNorm:
     "Forward hooks that divide a layer's weight by its largest singular value (Miyato et al. 2018)"
     def __init__(self, dim:int):  # axis of the weight that counts outputs: 0, or 1 if transposed
@@ -23,7 +23,7 @@ class SpectralNorm:
         return w.movedim(self.dim, 0).flatten(1)
 
     def before(self, m:nn.Module, args):
-        "Before a forward: one round if training, then weight = weight_orig / sigma; never in half precision"
+        "Before a forward: one round if training, then weight = weight_orig / sigma, in full precision"
         u, v = m.weight_u, m.weight_v
         with torch.autocast(u.device.type, enabled=False):
             W = self.matrix(m.weight_orig)
@@ -38,13 +38,13 @@ class SpectralNorm:
         "After a forward: keep the value of `weight`, let go of its graph, so that the layer can be copied"
         m.weight = m.weight.detach()
 
-# %% ../nbs/10_layers.ipynb #62c1faa5
+# %% ../nbs/10_layers.ipynb #2390fdcb
 def spectral_norm(module:nn.Module,  # Conv2d, ConvTranspose2d or Linear; changed in place
                  )->nn.Module:       # the same module, with weight_orig, weight_u and weight_v
-    "Divide a layer's weight by its spectral norm at each forward (Miyato et al. 2018). `InputError`: no weight, or twice"
+    "Divide the weight by its spectral norm at each forward (Miyato et al. 2018). `InputError`: no weight, or twice"
     w, kind = module._parameters.get('weight'), type(module).__name__
-    if 'weight_orig' in module._parameters: raise InputError(f'{kind} has a spectral norm already; expected a plain layer')
-    if w is None or w.dim() < 2: raise InputError(f'{kind} has no weight matrix; expected a convolution or a linear layer')
+    if 'weight_orig' in module._parameters: raise InputError(f'{kind} has a spectral norm already; expected none')
+    if w is None or w.dim() < 2: raise InputError(f'{kind} has no weight matrix; expected a convolution or Linear')
     hook = SpectralNorm(1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0)
     W = hook.matrix(w.detach())
     u, v = (F.normalize(W.new_empty(n).normal_(), dim=0) for n in W.shape)
@@ -79,11 +79,11 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x): return x + self.conv_block(x)
 
-# %% ../nbs/10_layers.ipynb #b1ca1b7c
+# %% ../nbs/10_layers.ipynb #3e7ae4ed
 def init_weights(net:nn.Module,  # changed in place
                  std:float=.02,  # of the normal distribution
                 )->nn.Module:    # the same network
-    "Weights of convolutions and linear layers from N(0, std), biases 0, also below a spectral norm (Radford et al. 2016)"
+    "Weights of convolutions and Linear from N(0, std), also under spectral norm; biases 0 (Radford et al. 2016)"
     for m in net.modules():
         if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): continue
         nn.init.normal_(m._parameters.get('weight_orig', m._parameters.get('weight')), 0., std)

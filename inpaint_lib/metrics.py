@@ -13,18 +13,20 @@ from torch import Tensor
 
 from .core import InputError, keyed_rng
 
-# %% ../nbs/13_metrics.ipynb #e5d4d6e1
+# %% ../nbs/13_metrics.ipynb #311530c9
 def _pair(pred, image, mask):
     "The two pictures and the mask in float64 (float32 where a device has none), after the checks"
-    if pred.shape != image.shape or pred.dim() != 4:
-        raise InputError(f'pictures of shape {tuple(pred.shape)} and {tuple(image.shape)}; expected the same (B,C,H,W)')
-    if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-2:] != image.shape[-2:]):
-        raise InputError(f'a mask of shape {tuple(mask.shape)} for pictures of shape {tuple(image.shape)}; expected (B,1,H,W)')
+    shape = tuple(image.shape)
+    if tuple(pred.shape) != shape or len(shape) != 4:
+        raise InputError(f'pictures of shape {tuple(pred.shape)} and {shape}; expected the same (B,C,H,W)')
+    if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1 or tuple(mask.shape[-2:]) != shape[-2:]):
+        raise InputError(f'a mask of shape {tuple(mask.shape)} for pictures of shape {shape}; expected (B,1,H,W)')
     kind = torch.float32 if pred.device.type == 'mps' else torch.float64
     pred, image = pred.detach().to(kind), image.detach().to(kind)
     for name, x in (('pred', pred), ('image', image)):
         low, high = x.amin().item(), x.amax().item()
-        if not (low > -.01 and high < 1.01): raise InputError(f'{name} has values from {low:.4g} to {high:.4g}; expected [0,1]')
+        if not (low > -.01 and high < 1.01):
+            raise InputError(f'{name} has values from {low:.4g} to {high:.4g}; expected [0,1]')
     return pred, image, None if mask is None else (mask > 0).to(kind)
 
 def _mean(x:Tensor,     # (B,C,H,W)
@@ -34,25 +36,25 @@ def _mean(x:Tensor,     # (B,C,H,W)
     if mask is None: return x.mean((1, 2, 3))
     return (x*mask).sum((1, 2, 3))/(mask.expand(len(x), -1, -1, -1).sum((1, 2, 3))*x.shape[1])
 
-# %% ../nbs/13_metrics.ipynb #20b871da
+# %% ../nbs/13_metrics.ipynb #8c596513
 def l1(pred:Tensor,   # (B,C,H,W) in [0,1]
        image:Tensor,  # (B,C,H,W) in [0,1]
        mask=None,     # (B,1,H,W), 1 = pixels that count; None: all
       )->Tensor:      # (B,)
-    "Mean absolute difference, in [0,1] (x100 is per cent); NaN for an empty mask, `InputError` for wrong shapes or ranges"
+    "Mean absolute difference in [0,1]; NaN for an empty mask, `InputError` for wrong shapes or ranges"
     pred, image, mask = _pair(pred, image, mask)
     return _mean((pred - image).abs(), mask)
 
-# %% ../nbs/13_metrics.ipynb #bdcec375
+# %% ../nbs/13_metrics.ipynb #403f5ab5
 def psnr(pred:Tensor,   # (B,C,H,W) in [0,1]
          image:Tensor,  # (B,C,H,W) in [0,1]
          mask=None,     # (B,1,H,W), 1 = pixels that count; None: all
         )->Tensor:      # (B,) dB
-    "Peak signal-to-noise ratio for peak 1, error over the counted pixels; inf for equal pictures, NaN for an empty mask"
+    "Peak signal-to-noise ratio for peak 1 over the counted pixels; inf for equal pictures, NaN for an empty mask"
     pred, image, mask = _pair(pred, image, mask)
     return -10*_mean((pred - image)**2, mask).log10()
 
-# %% ../nbs/13_metrics.ipynb #b6934794
+# %% ../nbs/13_metrics.ipynb #911e551b
 WINDOW = 11  # pixels, the Gaussian window of SSIM
 
 def ssim_map(pred:Tensor,   # (B,C,H,W) in [0,1]
@@ -60,12 +62,14 @@ def ssim_map(pred:Tensor,   # (B,C,H,W) in [0,1]
             )->Tensor:      # (B,C,H,W) in [-1,1]
     "SSIM around every pixel and channel: Gaussian window 11, sigma 1.5, peak 1, borders reflected (Wang et al. 2004)"
     from torchmetrics.functional.image import structural_similarity_index_measure
-    pred, image, _ = _pair(pred, image, None)
-    if min(image.shape[-2:]) < WINDOW:
-        raise InputError(f'pictures of {image.shape[-2]}x{image.shape[-1]} pixels; SSIM needs at least {WINDOW}x{WINDOW}')
+    kind = torch.float64 if pred.device.type == 'cuda' else torch.float32
+    pred, image = (x.to(kind) for x in _pair(pred, image, None)[:2])
+    H, W = image.shape[-2:]
+    if min(H, W) < WINDOW: raise InputError(f'pictures of {H}x{W} pixels; SSIM needs at least {WINDOW}x{WINDOW}')
     with torch.autocast(image.device.type, enabled=False):
-        return structural_similarity_index_measure(pred, image, sigma=1.5, data_range=1., reduction='none',
+        full = structural_similarity_index_measure(pred, image, sigma=1.5, data_range=1., reduction='none',
                                                    return_full_image=True)[1]
+    return full if full.device.type == 'mps' else full.double()
 
 def ssim(pred:Tensor,   # (B,C,H,W) in [0,1]
          image:Tensor,  # (B,C,H,W) in [0,1]
@@ -99,20 +103,21 @@ def image_metrics(pred:Tensor,   # (B,C,H,W) in [0,1], the composite
     out = {name + end: _mean(x, m) for end, m in (('', None), ('_hole', mask)) for name, x in maps.items()}
     return out | {name: -10*v.log10() for name, v in out.items() if name.startswith('psnr')}
 
-# %% ../nbs/13_metrics.ipynb #a77ba945
+# %% ../nbs/13_metrics.ipynb #3bdc7a67
 def bootstrap_ci(values,    # n finite numbers
                  *, n=2000,  # how many resamples
                  seed=0, level=.95,
                 )->tuple:    # mean, low end, high end
-    "Mean with a percentile bootstrap interval (Efron 1979); `InputError` for no values, or for infinite or undefined ones"
+    "Mean with a percentile bootstrap interval (Efron 1979); `InputError` for no, infinite or undefined values"
     v = np.asarray([float(x) for x in values])
     bad = int((~np.isfinite(v)).sum())
-    if not len(v) or bad: raise InputError(f'{bad} of {len(v)} values are infinite or undefined; expected finite ones, at least one')
+    if bad or not len(v):
+        raise InputError(f'{bad} of {len(v)} values are infinite or undefined; expected at least one, all finite')
     means = v[keyed_rng(seed, 'bootstrap').integers(len(v), size=(n, len(v)))].mean(1)
     low, high = np.quantile(means, [(1 - level)/2, (1 + level)/2])
     return float(v.mean()), float(low), float(high)
 
-# %% ../nbs/13_metrics.ipynb #a0bd3e72
+# %% ../nbs/13_metrics.ipynb #e6d2457d
 def summarize_metrics(rows,      # list of dict: 'bin' and scalars; other entries (names) are left out
                       *, n=2000, seed=0, level=.95,
                      )->dict:    # bin (and 'all') -> metric -> dict(mean, lo, hi, n)
@@ -120,13 +125,13 @@ def summarize_metrics(rows,      # list of dict: 'bin' and scalars; other entrie
     rows = [dict(r) for r in rows]
     if not rows: raise InputError('no rows to average; expected at least one')
     number = lambda v: isinstance(v, (int, float, np.number)) or isinstance(v, Tensor) and v.numel() == 1
-    names = [k for k in dict.fromkeys(k for r in rows for k in r) if k != 'bin' and all(number(r.get(k, 0.)) for r in rows)]
+    names = [k for k in dict.fromkeys(k for r in rows for k in r if k != 'bin') if all(number(r.get(k, 0)) for r in rows)]
     out = {}
     for b in [*dict.fromkeys(str(r['bin']) for r in rows if 'bin' in r), 'all']:
         group, out[b] = [r for r in rows if b == 'all' or str(r.get('bin')) == b], {}
         for k in names:
             v = [float(r[k]) for r in group if k in r]
-            if not np.isfinite(v).all():
-                raise InputError(f'{k}, bin {b}: {int((~np.isfinite(v)).sum())} of {len(v)} values are infinite or undefined')
+            bad = int((~np.isfinite(v)).sum())
+            if bad: raise InputError(f'{k}, bin {b}: {bad} of {len(v)} values are infinite or undefined')
             if v: out[b][k] = dict(zip(('mean', 'lo', 'hi'), bootstrap_ci(v, n=n, seed=seed, level=level)), n=len(v))
     return out

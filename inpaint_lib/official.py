@@ -95,17 +95,19 @@ def merge_alias(sd:dict,      # a state dict
             raise InputError(f'{k} and {name + k[len(alias):]} are one tensor in the official network, and differ here')
     return out
 
-# %% ../nbs/32_official.ipynb #1a233066
+# %% ../nbs/32_official.ipynb #0b892423
 def first_weight(sd:dict, layer:str)->Tensor:
     "The weight of a named layer, with or without spectral norm; `InputError` when it is not there"
     for key in (layer + '.weight_orig', layer + '.weight'):
         if key in sd: return sd[key]
     raise InputError(f"no {layer}.weight in this state dict (it begins with {', '.join(list(sd)[:3])}); is it another network's?")
 
+# %% ../nbs/32_official.ipynb #c7d7f4f9
 def edge_connect_width(sd:dict, layer:str='encoder.1')->float:
     "Width of an EdgeConnect network (1.0 = paper): its first layer has 64*width channels"
     return first_weight(sd, layer).shape[0]/64
 
+# %% ../nbs/32_official.ipynb #c073fa60
 def _edge_generator(sd):
     return EdgeGenerator(width=edge_connect_width(sd), use_spectral_norm='encoder.1.weight_orig' in sd)
 
@@ -169,7 +171,7 @@ def from_official(name:str,         # a key of `OFFICIAL`, such as 'edge_connect
         warnings.warn(f'{name}: spectral vectors of {len(layers)} layers missing; computed from an SVD', stacklevel=2)
     return fit(net, sd, name=name, strict=strict)
 
-# %% ../nbs/32_official.ipynb #6a0acb37
+# %% ../nbs/32_official.ipynb #ca00aa5e
 def import_edge_connect(edge,     # EdgeModel_gen.pth: the edge generator
                         inpaint,  # InpaintingModel_gen.pth: the image generator
                         out,      # the .safetensors file to write
@@ -183,7 +185,7 @@ def import_edge_connect(edge,     # EdgeModel_gen.pth: the edge generator
     widths = {part: edge_connect_width(sd) for part, sd in nets.items()}
     if len(set(widths.values())) > 1: raise InputError(f'{edge} has width {widths["edge"]}, {inpaint} {widths["inpaint"]}; expected one width')
     steps = {part: int(f['iteration']) for part, f in files.items() if isinstance(f, dict) and 'iteration' in f}
-    meta = dict(format=1, method='edge_connect', recipe='official', steps=steps,
+    meta = dict(format=1, method='edge_connect', recipe='official', steps=steps.get('inpaint', 0), iterations=steps,
                 config=dataclasses.asdict(EdgeConnectConfig(width=widths['edge'])),
                 source=[Path(edge).name, Path(inpaint).name])
     save_weights(out, nets, meta)

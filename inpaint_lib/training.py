@@ -128,12 +128,14 @@ def _seed_device(up):
 
 def _copy(net): return {k: v.detach().clone() for k, v in net.state_dict().items()}
 
-# %% ../nbs/14_training.ipynb #bc414a59
+# %% ../nbs/14_training.ipynb #ece17724
 def _backward(up, terms, values):
     "Back-propagate the sum of the terms (a mean over accumulation) and add their values"
     n = up.config.accumulate; loss = sum(terms.values())/n
     if loss.requires_grad: loss.backward()
-    for k, v in terms.items(): values[k] = values.get(k, 0) + v.detach().float()/n
+    for k, v in terms.items(): values[k] = values.get(k, 0) + _wide(v)/n
+
+def _wide(v): return v.detach().float() if v.device.type == 'mps' else v.detach().double()   # MPS has no float64
 
 # %% ../nbs/14_training.ipynb #a8990627
 def d_pass(up:Updater, batches:list, values:dict, *, keep:bool)->list:
@@ -148,7 +150,7 @@ def d_pass(up:Updater, batches:list, values:dict, *, keep:bool)->list:
         shared.append((out if keep else None, _detached({k: v for k, v in seen.items() if k not in out})))
     return shared
 
-# %% ../nbs/14_training.ipynb #d3851bed
+# %% ../nbs/14_training.ipynb #4b9d3c40
 def g_pass(up:Updater, batches:list, values:dict, shared:list|None):
     "G's gradients over all batches, D frozen; metrics are logged under their names with 'm_' in front"
     up.opt_G.zero_grad(set_to_none=True)
@@ -159,7 +161,7 @@ def g_pass(up:Updater, batches:list, values:dict, shared:list|None):
                 out = (up.recipe(batch) if out is None else out) | extras
                 terms = up.recipe.g_terms(batch, out)
             _backward(up, terms, values)
-        values['g_total'] = values.get('g_total', 0) + sum(terms.values()).detach().float()/len(batches)
+        values['g_total'] = values.get('g_total', 0) + _wide(sum(terms.values()))/len(batches)
         with torch.no_grad(): metrics = up.recipe.metrics(batch, _detached(out))
         for k, v in metrics.items(): values['m_'+k] = values.get('m_'+k, 0) + v/len(batches)
 
@@ -167,12 +169,12 @@ def g_pass(up:Updater, batches:list, values:dict, shared:list|None):
 class TrainingStopped(InputError):
     "A loss is not finite: training stops, the last good checkpoint stays"
 
-# %% ../nbs/14_training.ipynb #aecaa512
+# %% ../nbs/14_training.ipynb #09d37ce9
 def step_with(up:Updater, opt, values:dict):
     "Average over processes, check, step. Raises `TrainingStopped` that names the first term that is not finite"
     names = [k for k, v in values.items() if torch.is_tensor(v)]
     if names:
-        stacked = torch.stack([values[k].detach().float().reshape(()).to(up.engine.device) for k in names])
+        stacked = torch.stack([_wide(values[k]).reshape(()).to(up.engine.device) for k in names])
         values.update(zip(names, up.engine.reduce(stacked, reduction='mean').tolist()))  # the step's one wait for the device
     bad = [k for k, v in values.items() if not abs(v) < float('inf') and not k.startswith('m_')]
     if bad: raise TrainingStopped(f"step {up.step}: loss term '{bad[0]}' is {values[bad[0]]}; stopped before the weights changed")

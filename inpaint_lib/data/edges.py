@@ -57,9 +57,9 @@ def gaussian_taps(sigmas,   # B numbers, 0 or more (0: no smoothing)
         row[:r + 1] = (full/full.sum())[r:]
     return torch.from_numpy(taps)
 
-# %% ../../nbs/03_data.edges.ipynb #68362ccf
+# %% ../../nbs/03_data.edges.ipynb #e2a7e202
 def _along(x, taps, dim):
-    "Symmetric filter along `dim`, zeros outside; centre first, then pairs from far to near (SciPy's order of additions)"
+    "Symmetric filter along `dim`, zeros outside; additions in SciPy's order: centre, then pairs from far to near"
     R, n = taps.shape[1] - 1, x.shape[dim]
     padded = F.pad(x, (0, 0, R, R) if dim == 2 else (R, R))
     at, w = lambda r: padded.narrow(dim, R + r, n), taps[:, :, None, None, None]
@@ -68,15 +68,15 @@ def _along(x, taps, dim):
     return out
 
 def gaussian_blur(x:Tensor,     # (B,1,H,W)
-                  taps:Tensor,  # (B,R+1), see `gaussian_taps`
+                  taps:Tensor,  # (1 or B,R+1), see `gaussian_taps`
                  )->Tensor:     # (B,1,H,W)
     "Separable Gaussian, zeros outside: bit-equal to SciPy's `gaussian_filter(mode='constant')` in float64"
     return _along(_along(x, taps, 2), taps, 3)
 
-# %% ../../nbs/03_data.edges.ipynb #e03e522e
+# %% ../../nbs/03_data.edges.ipynb #fa4747dc
 def smooth_known(gray:Tensor,  # (B,1,H,W) float64
                  use:Tensor,   # (1 or B,1,H,W) float64, 1 = use
-                 taps:Tensor,  # (B,R+1)
+                 taps:Tensor,  # (1 or B,R+1)
                 )->Tensor:     # (B,1,H,W)
     "Gaussian mean over the pixels in `use` (normalised convolution)"
     return gaussian_blur(gray*use, taps)/(gaussian_blur(use, taps) + torch.finfo(gray.dtype).eps)
@@ -115,18 +115,20 @@ def eroded(use:Tensor,  # (B,1,H,W) floats, 1 = use
     "Pixels whose 3x3 neighbourhood lies inside the picture and inside `use`"
     return F.max_pool2d(F.pad(1 - use, (1, 1, 1, 1), value=1.), 3, 1) == 0
 
-# %% ../../nbs/03_data.edges.ipynb #67d45d16
-def link(strong:Tensor,  # (B,1,H,W) floats 0 or 1, a subset of `weak`
-         weak:Tensor,    # (B,1,H,W) floats 0 or 1
-        )->Tensor:       # (B,1,H,W) floats 0 or 1
+# %% ../../nbs/03_data.edges.ipynb #f3576f84
+def link(strong:Tensor,  # (B,1,H,W) bool, a subset of `weak`
+         weak:Tensor,    # (B,1,H,W) bool
+        )->Tensor:       # (B,1,H,W) bool
     "The 8-connected parts of `weak` that hold a pixel of `strong`: dilation inside `weak` until nothing grows"
+    padded = F.pad(strong, (1, 1, 1, 1)); grown = padded[..., 1:-1, 1:-1]         # a view: both change together
     while True:
-        grown = strong
-        for _ in range(8): grown = F.max_pool2d(grown, 3, 1, 1)*weak
-        if torch.equal(grown, strong): return strong
-        strong = grown
+        before = grown.clone()
+        for _ in range(8):
+            rows = padded[..., :-2, :] | padded[..., 1:-1, :] | padded[..., 2:, :]
+            grown.copy_((rows[..., :-2] | rows[..., 1:-1] | rows[..., 2:]) & weak)
+        if torch.equal(grown, before): return before
 
-# %% ../../nbs/03_data.edges.ipynb #4ccd9e75
+# %% ../../nbs/03_data.edges.ipynb #023eb6f0
 @torch.no_grad()
 def canny_batch(gray:Tensor,  # (B,1,H,W) floats in [0,1], any device
                 sigma=2.,     # one number, or B of them; negative: no edges in that picture
@@ -137,21 +139,24 @@ def canny_batch(gray:Tensor,  # (B,1,H,W) floats in [0,1], any device
     x = gray.to(torch.float32 if gray.device.type == 'mps' else torch.float64)
     _check_range(x.amin(), x.amax())
     use = torch.ones_like(x[:1]) if mask is None else (mask > 0).to(x.dtype)
-    gi, gj = sobel(smooth_known(x, use, gaussian_taps([max(s, 0) for s in sigmas]).to(x)))
+    widths = [max(s, 0) for s in sigmas]; widths = widths[:1] if len(set(widths)) == 1 else widths
+    gi, gj = sobel(smooth_known(x, use, gaussian_taps(widths).to(x)))
     m = (gi*gi + gj*gj).sqrt()
     weak = ridges(gi, gj, m) & eroded(use) & (m >= .1)
     weak &= torch.tensor([s >= 0 for s in sigmas], device=x.device).view(-1, 1, 1, 1)
-    return link((weak & (m >= .2)).float(), weak.float()).to(gray.dtype)
+    return link(weak & (m >= .2), weak).to(gray.dtype)
 
-# %% ../../nbs/03_data.edges.ipynb #f3a04da0
+# %% ../../nbs/03_data.edges.ipynb #b3901374
 def _sigmas(gray, sigma, mask)->list:
     "One sigma per picture of the batch, after the checks that both paths share"
-    if gray.dim() != 4 or gray.shape[1] != 1 or not gray.is_floating_point():
-        raise InputError(f'a batch of shape {tuple(gray.shape)} and type {gray.dtype}; expected (B,1,H,W) floats in [0,1]')
-    if mask is not None and mask.shape != gray.shape:
-        raise InputError(f'masks of shape {tuple(mask.shape)} for pictures of shape {tuple(gray.shape)}; expected the same')
+    shape = tuple(gray.shape)
+    if len(shape) != 4 or shape[1] != 1 or not gray.is_floating_point():
+        raise InputError(f'a batch of shape {shape} and type {gray.dtype}; expected (B,1,H,W) floats in [0,1]')
+    if mask is not None and tuple(mask.shape) != shape:
+        raise InputError(f'masks of shape {tuple(mask.shape)} for pictures of shape {shape}; expected the same')
     sigmas = np.asarray(sigma.tolist() if isinstance(sigma, Tensor) else sigma, float).reshape(-1).tolist()
-    if len(sigmas) not in (1, len(gray)): raise InputError(f'{len(sigmas)} sigmas for {len(gray)} pictures; expected 1 or {len(gray)}')
+    if len(sigmas) not in (1, len(gray)):
+        raise InputError(f'{len(sigmas)} sigmas for {len(gray)} pictures; expected 1 or {len(gray)}')
     return sigmas*(len(gray)//len(sigmas))
 
 # %% ../../nbs/03_data.edges.ipynb #fb8207b7
@@ -166,11 +171,11 @@ def edge_maps(gray:Tensor,  # (B,1,H,W) floats in [0,1]
     maps = [canny(g[0], s, u) for g, s, u in zip(x, sigmas, use)]
     return torch.from_numpy(np.stack(maps))[:, None].to(gray.dtype)
 
-# %% ../../nbs/03_data.edges.ipynb #9e188c99
+# %% ../../nbs/03_data.edges.ipynb #e915808a
 def load_edges(path,       # an image file: bright = edge
                size=None,  # side of the square, or (H,W); None: as the file is
               )->np.ndarray:  # (H,W) float32 in [0,1]
-    "An external edge map (HED, drawn by hand, ...), grey, resized with antialiasing; `InputError` if the file can't be read"
+    "An external edge map (HED, drawn by hand, ...), grey, resized with antialiasing; `InputError` if unreadable"
     from PIL import Image
     picture = open_image(path).convert('L')
     if size is not None:
@@ -182,6 +187,6 @@ def nms_by_canny(edge,       # (...,H,W) in [0,1], soft thick edges: array or te
                  canny_map,  # (...,H,W) Canny's map of the same photograph, bool or 0 and 1
                 ):
     "EdgeConnect's non-maximum suppression of external edges: their product with the Canny map"
-    if tuple(edge.shape) != tuple(canny_map.shape):
-        raise InputError(f'edges of shape {tuple(edge.shape)} and a Canny map of shape {tuple(canny_map.shape)}; expected the same')
+    a, b = tuple(edge.shape), tuple(canny_map.shape)
+    if a != b: raise InputError(f'edges of shape {a} and a Canny map of shape {b}; expected the same')
     return edge*canny_map

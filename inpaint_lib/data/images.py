@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import InputError, checkout, keyed_rng
 
-# %% ../../nbs/01_data.images.ipynb #ede7d6c6
+# %% ../../nbs/01_data.images.ipynb #111652e4
 def to_rgb(img:Image.Image,  # any mode: L, LA, P, RGBA, CMYK, 1, I;16, I, F
           )->Image.Image:    # RGB, 8 bits, upright
     "`img` as 8-bit RGB: EXIF orientation applied, 16 bits scaled by 1/257, floats taken as [0,1], alpha dropped"
@@ -32,17 +32,17 @@ def to_rgb(img:Image.Image,  # any mode: L, LA, P, RGBA, CMYK, 1, I;16, I, F
     if img.mode in ('P', 'PA'): img = img.convert('RGBA')          # a palette may hold transparent entries
     return img.convert('RGB')
 
+# %% ../../nbs/01_data.images.ipynb #3aa2835e
 def open_image(path)->Image.Image:  # RGB, 8 bits, upright
     "Open any image file as 8-bit RGB (see `to_rgb`). `InputError` names a missing, truncated or non-image file"
     if not Path(path).is_file(): raise InputError(f'{path}: no such file; expected an image file')
     try:
         with Image.open(path) as img: return to_rgb(img)
-    except Exception as e:             # every decoder fails in its own way: OSError, SyntaxError, struct.error, ...
+    except Exception as e:
         why = 'unknown format' if isinstance(e, Image.UnidentifiedImageError) else ' '.join(str(e).split())
-        raise InputError(f'{path}: not a readable image ({why or type(e).__name__}); '
-                         f'expected a whole file in a format that Pillow reads') from None
+        raise InputError(f'{path}: not a readable image ({why or type(e).__name__}); expected a whole image file') from None
 
-# %% ../../nbs/01_data.images.ipynb #4d0d39d4
+# %% ../../nbs/01_data.images.ipynb #11a7184c
 def to_tensor(img,        # PIL picture or uint8 array (H,W,3) or (H,W)
              )->Tensor:   # (3,H,W) or (1,H,W) float32 in [0,1]
     "Bytes to floats, k/255. `InputError` for an array that does not hold bytes"
@@ -51,17 +51,18 @@ def to_tensor(img,        # PIL picture or uint8 array (H,W,3) or (H,W)
         raise InputError(f'image of {a.dtype} with shape {a.shape}; expected uint8 (H,W,3)')
     return torch.from_numpy(np.atleast_3d(a).transpose(2, 0, 1).copy()).float()/255
 
+# %% ../../nbs/01_data.images.ipynb #5a3c09de
 def to_uint8(x:Tensor,        # (C,H,W) in [0,1]; values outside are clipped
             )->np.ndarray:    # (H,W,C) uint8
     "Floats to bytes by rounding, the exact inverse of `to_tensor`. `InputError` for NaN"
     if torch.isnan(x).any(): raise InputError(f'image of shape {tuple(x.shape)} holds NaN; expected numbers in [0,1]')
     return (x.detach().float().clamp(0, 1)*255).round().byte().permute(1, 2, 0).cpu().numpy()
 
-# %% ../../nbs/01_data.images.ipynb #0ea057a2
+# %% ../../nbs/01_data.images.ipynb #39116bec
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 
 def list_images(folder)->list:  # of Path
-    "All image files below `folder`, linked folders included, sorted by path. `InputError` if there is no such folder or no image"
+    "All image files below `folder`, linked folders included, sorted by path. `InputError` if there is none"
     folder, found, seen = Path(folder), [], {os.path.realpath(folder)}
     if not folder.is_dir():
         raise InputError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; expected a folder of images")
@@ -69,7 +70,7 @@ def list_images(folder)->list:  # of Path
         dirs[:] = [d for d in dirs if not d.startswith('.') and os.path.realpath(Path(here)/d) not in seen]
         seen.update(os.path.realpath(Path(here)/d) for d in dirs)     # a link that points upwards ends here
         found += [Path(here)/f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith('.')]
-    if not found: raise InputError(f"{folder}: no image in it; looked for {' '.join(EXTENSIONS)}, in folders below as well")
+    if not found: raise InputError(f"{folder}: no image in it; looked for {' '.join(EXTENSIONS)}, folders below included")
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 # %% ../../nbs/01_data.images.ipynb #37c1226b
@@ -87,7 +88,7 @@ def builtin_photograph(name:str,      # one of BUILTIN_TRAIN or BUILTIN_HELD_OUT
     a.flags.writeable = False                                     # shared by all who ask
     return a
 
-# %% ../../nbs/01_data.images.ipynb #1be73a62
+# %% ../../nbs/01_data.images.ipynb #dc4c62de
 class FolderImages:
     "All images below a folder. `InputError` if it is missing or empty"
     def __init__(self, folder):
@@ -97,6 +98,7 @@ class FolderImages:
     def __len__(self): return len(self.paths)
     def read(self, i:int)->np.ndarray: return np.asarray(open_image(self.paths[i]))   # (H,W,3) uint8
 
+# %% ../../nbs/01_data.images.ipynb #3a10ee71
 class BuiltinImages:
     "Photographs from inside the scikit-image package"
     def __init__(self, names=BUILTIN_TRAIN):
@@ -162,7 +164,7 @@ def open_source(data,                # 'builtin', a folder, a torchvision name, 
     raise InputError(f"data '{data}': no such folder; expected 'builtin', an existing folder of images, "
                      f"or one of {', '.join(TORCHVISION_SETS)}")
 
-# %% ../../nbs/01_data.images.ipynb #ab0df29e
+# %% ../../nbs/01_data.images.ipynb #388cfb9c
 @dataclasses.dataclass(frozen=True)
 class Crop:
     "A square of a picture, in its pixels"
@@ -180,75 +182,72 @@ def center_crop(height:int, width:int)->Crop:
     side = min(height, width)
     return Crop((width - side)//2, (height - side)//2, side)
 
+# %% ../../nbs/01_data.images.ipynb #7e872065
 def cut(a:np.ndarray, crop:Crop, *, size:int, scale=(1., 1.))->np.ndarray:
     "The square `crop` of `a` (H,W,3), its coordinates times `scale` (x, y), antialiased to (size,size,3); uint8"
     box = np.array([crop.left, crop.top, crop.left + crop.side, crop.top + crop.side])*np.tile(scale, 2)
     out = np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC, box=tuple(map(float, box))))
     return out[:, ::-1] if crop.flip else out
 
-# %% ../../nbs/01_data.images.ipynb #fcdec192
+# %% ../../nbs/01_data.images.ipynb #4d30dee4
 @dataclasses.dataclass(frozen=True)
 class Skipped:
     "Stands in a list of items for a picture that could not be read"
     name:str; reason:str
 
+def _cut_edge(edges, index, crop, *, hw, size):
+    "The square `crop` (of a picture of height and width `hw`) of edge map `index`: (1,size,size) in [0,1]"
+    e, (h, w) = edges.read(index), hw; eh, ew = e.shape[:2]
+    if abs(ew*h - eh*w) > .02*eh*w:
+        raise InputError(f'edge map {edges.names[index]} is {ew} x {eh}, its picture {w} x {h}; expected one shape')
+    return to_tensor(cut(e, crop, size=size, scale=(ew/w, eh/h)))[:1]
+
+# %% ../../nbs/01_data.images.ipynb #2cb0d184
 class PhotoDataset(Dataset):
-    "Items by (epoch, index): image (3,size,size) in [0,1], mask (1,size,size) of 0/1 (1 = hole), epoch, index[, edge]"
-    def __init__(self,
-                 source,        # len, names, read(i)
-                 size:int,      # side of the square
-                 masks=None,    # masks(rng, index, size) -> bool (size,size); None: items without a mask
-                 *, seed:int=0,
-                 train:bool=True,   # random squares and mirrors; False: the largest centred square
+    "Items by (epoch, index): image (3,size,size) in [0,1], mask (1,size,size) 0/1, 1 = hole, epoch, index[, edge]"
+    def __init__(self, source,      # len, names, read(i)
+                 size:int,          # side of the square
+                 masks=None,        # masks(rng, index, size) -> bool (size,size); None: items without a mask
+                 *, seed:int=0, train:bool=True,   # train: random squares and mirrors; else the centred square
                  edges=None):       # a source of edge maps, one for each picture
         if edges is not None and len(edges) != len(source):
-            raise InputError(f'{len(edges)} edge maps for {len(source)} pictures; expected one each, in the same order')
+            raise InputError(f'{len(edges)} edge maps for {len(source)} pictures; expected one each, in one order')
         self.source, self.size, self.masks, self.seed, self.train, self.edges = source, size, masks, seed, train, edges
-
     def __len__(self): return len(self.source)
-
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
-        try: return self._item(int(epoch), int(index))
+        epoch, index = map(int, key) if isinstance(key, (tuple, list)) else (0, int(key))
+        rng = lambda purpose: keyed_rng(self.seed, epoch, index, purpose)
+        try: return self._item(index, rng, epoch=epoch, index=index)
         except InputError as e: return Skipped(self.source.names[index], str(e))
 
-    def _item(self, epoch, index):
-        a = self.source.read(index); h, w = a.shape[:2]
-        rng = lambda purpose: keyed_rng(self.seed, epoch, index, purpose)
-        crop = random_crop(rng('crop'), h, w, size=self.size) if self.train else center_crop(h, w)
-        item = {'image': to_tensor(cut(a, crop, size=self.size)), 'epoch': epoch, 'index': index}
-        if self.masks is not None:
-            item['mask'] = torch.from_numpy(np.array(self.masks(rng('mask'), index, self.size), np.float32))[None]
-        if self.edges is not None: item['edge'] = self._edge(index, crop, h, w)
+    def _item(self, i, rng, **item):
+        a = self.source.read(i); hw = a.shape[:2]
+        crop = random_crop(rng('crop'), *hw, size=self.size) if self.train else center_crop(*hw)
+        item['image'] = to_tensor(cut(a, crop, size=self.size))
+        if self.masks: item['mask'] = torch.from_numpy(np.array(self.masks(rng('mask'), i, self.size), np.float32))[None]
+        if self.edges is not None: item['edge'] = _cut_edge(self.edges, i, crop, hw=hw, size=self.size)
         return item
 
-    def _edge(self, index, crop, h, w):
-        e = self.edges.read(index); eh, ew = e.shape[:2]
-        if abs(ew*h - eh*w) > .02*eh*w:
-            raise InputError(f'edge map {self.edges.names[index]} is {ew} x {eh}, its picture {w} x {h}; expected the same shape')
-        return to_tensor(cut(e, crop, size=self.size, scale=(ew/w, eh/h)))[:1]
-
-# %% ../../nbs/01_data.images.ipynb #9cfe2fca
+# %% ../../nbs/01_data.images.ipynb #b3fa61e5
 def collate(items)->dict:  # image, mask, epoch, index[, edge], skipped: list of str
     "Stack items; `Skipped` ones are left out and told in batch['skipped']. `InputError` when none is left"
     bad = [i for i in items if isinstance(i, Skipped)]
     good = [i for i in items if not isinstance(i, Skipped)]
     if not good:
-        raise InputError(f'none of the {len(bad)} pictures of a batch could be read; the first: {bad[0].name}: {bad[0].reason}')
-    batch = {k: torch.stack([i[k] for i in good]) if isinstance(good[0][k], Tensor) else torch.tensor([i[k] for i in good])
-             for k in good[0]}
+        raise InputError(f'none of the {len(bad)} pictures of a batch could be read; the first: '
+                         f'{bad[0].name}: {bad[0].reason}')
+    stack = lambda xs: torch.stack(xs) if isinstance(xs[0], Tensor) else torch.tensor(xs)
+    batch = {k: stack([i[k] for i in good]) for k in good[0]}
     return batch | {'skipped': [f'{b.name}: {b.reason}' for b in bad]}
 
-# %% ../../nbs/01_data.images.ipynb #e5d37a84
+# %% ../../nbs/01_data.images.ipynb #76b33891
 class EndlessSampler:
-    "Endless batches of (epoch, index) keys: a permutation for each epoch from (seed, epoch), this rank's part of each step"
-    def __init__(self,
-                 n:int,            # pictures
+    "Endless batches of (epoch, index) keys: a permutation for each epoch, this rank's part of each step"
+    def __init__(self, n:int,      # pictures
                  batch_size:int,   # samples per process and step
                  *, seed:int=0,
                  start:int=0,      # the step to begin at
-                 rank:int=0, world:int=1,
-                 shuffle:bool=True):
+                 rank:int=0, world:int=1, shuffle:bool=True):
         if n < 1 or batch_size < 1: raise InputError(f'{n} pictures in batches of {batch_size}; expected at least 1 of each')
         self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
         self.rank, self.world, self.shuffle = rank, world, shuffle
@@ -264,6 +263,7 @@ class EndlessSampler:
             yield [(k//self.n, int(order(k//self.n)[k % self.n])) for k in range(g, g + self.batch_size)]
             step += 1
 
+# %% ../../nbs/01_data.images.ipynb #6e107df1
 def one_pass(n:int, batch_size:int)->list:  # of lists of keys
     "Batches of keys that visit each of `n` pictures once, in order, at epoch 0: for evaluation"
     return [[(0, i) for i in range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]

@@ -18,23 +18,28 @@ from PIL import Image
 from ..core import InputError, keyed_rng
 from .images import list_images, open_image, to_rgb
 
-# %% ../../nbs/02_data.masks.ipynb #df1e7542
+# %% ../../nbs/02_data.masks.ipynb #dcaf4e35
 HOLE_BINS = ((.01, .1), (.1, .2), (.2, .3), (.3, .4), (.4, .5), (.5, .6))
+
+def _array(x)->np.ndarray:
+    "An array, or a tensor on any device, as an array"
+    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 def hole_ratio(mask)->float:
     "Share of hole pixels; bool or 0/1, any shape, array or tensor"
-    return int((np.asarray(mask) > 0).sum())/np.asarray(mask).size
+    m = _array(mask)
+    return int((m > 0).sum())/m.size
 
 def touches_border(mask)->bool:
     "Does the hole of a (H,W) mask reach the outermost row or column?"
-    m = np.asarray(mask) > 0
+    m = _array(mask) > 0
     return bool(m[0].any() or m[-1].any() or m[:, 0].any() or m[:, -1].any())
 
 def bin_of(ratio:float)->int|None:
     "Index of the bin of HOLE_BINS with lo < ratio <= hi, or None"
     return next((i for i, (lo, hi) in enumerate(HOLE_BINS) if lo < ratio <= hi), None)
 
-# %% ../../nbs/02_data.masks.ipynb #bbb62013
+# %% ../../nbs/02_data.masks.ipynb #c18f12f3
 def _hw(size):
     "(H, W) of an integer or a pair"
     return (int(size), int(size)) if np.isscalar(size) else (int(size[0]), int(size[1]))
@@ -47,11 +52,13 @@ def _block(hw, hole, top, left):
 def _hole_hw(size, hole):
     "(H, W) of the picture and of its block; half the picture's unless given"
     (H, W), (h, w) = _hw(size), _hw(hole) if hole is not None else [s//2 for s in _hw(size)]
-    if not (0 < h <= H and 0 < w <= W): raise InputError(f'hole of {h} x {w} in a picture of {H} x {W}; expected a smaller one')
+    if not (0 < h <= H and 0 < w <= W):
+        raise InputError(f'hole of {h} x {w} in a picture of {H} x {W}; expected a smaller one')
     return (H, W), (h, w)
 
+# %% ../../nbs/02_data.masks.ipynb #334fea2b
 def center_mask(size, hole=None)->np.ndarray:
-    "A centred block (H,W) bool; `hole` is its side or (h, w), half the picture's by default. `InputError` if it does not fit"
+    "A centred block (H,W) bool; `hole`: its side or (h, w), half the picture's by default. `InputError` if too large"
     (H, W), (h, w) = _hole_hw(size, hole)
     return _block((H, W), (h, w), (H - h)//2, (W - w)//2)
 
@@ -65,7 +72,7 @@ def half_mask(rng, size)->np.ndarray:
     H, W = _hw(size)
     return _block((H, W), (H, W//2), 0, int(rng.integers(2))*(W - W//2))
 
-# %% ../../nbs/02_data.masks.ipynb #cff06d34
+# %% ../../nbs/02_data.masks.ipynb #7cb5bd6a
 def _sweep(a, b, r, hw):
     "When a disc of radius `r` going from pixel `a` to `b` first touches each pixel: (window, times), inf = never"
     lo = [max(0, math.floor(min(p, q) - r)) for p, q in zip(a, b)]
@@ -79,6 +86,7 @@ def _sweep(a, b, r, hw):
     tau[(tau <= 0) | (tau > length)] = np.inf
     return window, np.where(rho2 <= r*r, np.sqrt(rho2) - r, tau)
 
+# %% ../../nbs/02_data.masks.ipynb #ffd7f3ff
 def brush_stroke(rng,                   # the generator that draws it
                  hw,                    # (H, W)
                  *, vertices=(4, 12),   # corners of the stroke, from and to
@@ -103,9 +111,9 @@ def _bounce(q, lo, hi):
     q = hi - abs(hi - lo - abs(q - lo))
     return round(min(max(q, lo), max(hi, lo)))
 
-# %% ../../nbs/02_data.masks.ipynb #5146eb62
+# %% ../../nbs/02_data.masks.ipynb #56882365
 def free_form(rng, size, *, strokes=(1, 4), **brush)->np.ndarray:
-    "Some brush strokes (H,W) bool; `brush`: vertices, width, length as in `brush_stroke`. After Yu et al. 2019 (DeepFill v2)"
+    "Some brush strokes (H,W) bool; `brush`: see `brush_stroke`. After the free-form masks of Yu et al. 2019"
     m = np.zeros(_hw(size), bool)
     for _ in range(int(rng.integers(strokes[0], strokes[1] + 1))):
         for a, b, r in brush_stroke(rng, m.shape, **brush):
@@ -113,7 +121,21 @@ def free_form(rng, size, *, strokes=(1, 4), **brush)->np.ndarray:
             m[window] |= np.isfinite(tau)
     return m
 
-# %% ../../nbs/02_data.masks.ipynb #44399002
+# %% ../../nbs/02_data.masks.ipynb #a576714d
+def _inside(hw, margin):
+    "Pixels at least `margin` away from the border: (H,W) bool"
+    return _block(hw, [n - 2*margin for n in hw], margin, margin)
+
+def _bin_counts(bounds, pixels:int, most:int):
+    "The least and the largest number of hole pixels with lo < n/pixels <= hi and n <= most"
+    (lo, hi), near = bounds, lambda x: range(int(x*pixels) - 2, int(x*pixels) + 3)    # rounding of lo*pixels
+    least = next(k for k in near(lo) if k/pixels > lo)
+    most = min(most, next(k for k in reversed(near(hi)) if k/pixels <= hi))
+    if most < least:
+        raise InputError(f'no mask of {pixels} pixels has a hole ratio in ({lo}, {hi}]; expected a larger picture')
+    return least, most
+
+# %% ../../nbs/02_data.masks.ipynb #805935c0
 def _paint(rng, n:int, hw, start, width, margin):
     "A bool mask (H,W) with exactly `n` pixels, none in the margin, painted stroke by stroke from `start`"
     m, allowed, left = np.zeros(hw, bool), _inside(hw, margin), n
@@ -130,26 +152,14 @@ def _paint(rng, n:int, hw, start, width, margin):
         start = None
     return m
 
-def _inside(hw, margin):
-    "Pixels at least `margin` away from the border: (H,W) bool"
-    return _block(hw, [n - 2*margin for n in hw], margin, margin)
-
-def _bin_counts(bounds, pixels:int, most:int):
-    "The least and the largest number of hole pixels with lo < n/pixels <= hi and n <= most"
-    (lo, hi), near = bounds, lambda x: range(int(x*pixels) - 2, int(x*pixels) + 3)    # rounding of lo*pixels
-    least = next(k for k in near(lo) if k/pixels > lo)
-    most = min(most, next(k for k in reversed(near(hi)) if k/pixels <= hi))
-    if most < least: raise InputError(f'no mask of {pixels} pixels has a hole ratio in ({lo}, {hi}]; expected a larger picture')
-    return least, most
-
-# %% ../../nbs/02_data.masks.ipynb #68e4b0fc
+# %% ../../nbs/02_data.masks.ipynb #34947f87
 def sample_bin_mask(bin:int,    # 0 to 5, see HOLE_BINS
                     index:int,  # which mask of the set
                     *, size,    # side or (H, W)
                     seed:int=0,
                     border:bool|None=None,  # True: touches the border, False: does not, None: as it falls
                    )->np.ndarray:
-    "Mask `index` of the evaluation set `seed`: (H,W) bool with lo < hole ratio <= hi. `InputError` for a bin that is not there"
+    "Mask `index` of the evaluation set `seed`: (H,W) bool with lo < hole ratio <= hi. `InputError` for another bin"
     if bin not in range(len(HOLE_BINS)):
         raise InputError(f'no hole-ratio bin {bin}; expected 0 to {len(HOLE_BINS) - 1}, for {HOLE_BINS}')
     rng, (H, W) = keyed_rng(seed, index, bin, 'bin mask'), _hw(size)
@@ -164,31 +174,45 @@ def _border_pixel(rng, H, W):
     y, x = int(rng.integers(H)), int(rng.integers(W))
     return ((0, x), (H - 1, x), (y, 0), (y, W - 1))[int(rng.integers(4))]
 
-# %% ../../nbs/02_data.masks.ipynb #55c6319d
+# %% ../../nbs/02_data.masks.ipynb #d37dad17
 class MaskWarning(UserWarning):
     "A mask that is usable, but perhaps not what was meant"
 
+# %% ../../nbs/02_data.masks.ipynb #8557c732
 def _levels(mask, name)->np.ndarray:
     "Any form of a mask as uint8 (H,W), 0 to 255"
     if isinstance(mask, (str, Path)): mask = open_image(mask)
     if isinstance(mask, Image.Image): return np.asarray(to_rgb(mask).convert('L'))
-    tensor = isinstance(mask, torch.Tensor)
-    a = mask.detach().cpu().numpy() if tensor else np.asarray(mask)
+    tensor, a = isinstance(mask, torch.Tensor), _array(mask)
     while a.ndim > 2 and 1 in (a.shape[0], a.shape[-1]): a = a[0] if a.shape[0] == 1 else a[..., 0]
-    if a.ndim == 3 and a.shape[2] in (3, 4) and a.dtype == np.uint8: return np.asarray(to_rgb(Image.fromarray(a)).convert('L'))
+    if a.ndim == 3 and a.shape[2] in (3, 4) and a.dtype == np.uint8: return _levels(Image.fromarray(a), name)
     if a.ndim != 2: raise InputError(f'{name} of shape {a.shape}; expected (H,W)')
     if a.dtype == np.uint8 and not (tensor and a.max(initial=0) <= 1): return a
     if a.dtype != bool and not ((a >= 0) & (a <= 1)).all():
-        raise InputError(f'{name}: {a.dtype} from {a.min()} to {a.max()}; expected bool, uint8 (128 and above = hole) or 0 to 1')
+        raise InputError(f'{name}: {a.dtype} from {a.min()} to {a.max()}; expected bool, uint8 (128 on = hole) or 0 to 1')
     return np.rint(a*255.).astype(np.uint8)
 
+# %% ../../nbs/02_data.masks.ipynb #3a808647
+def _warn(a, hole, name, threshold):
+    "Tell what looks wrong about a mask"
+    grey, ratio = float(((a > 0) & (a < 255)).mean()), hole_ratio(hole)
+    tell = functools.partial(warnings.warn, category=MaskWarning, stacklevel=3)
+    if grey: tell(f'{name}: {grey:.1%} of its pixels are neither 0 nor 255 (levels {a.min()} to {a.max()}); '
+                  f'{threshold} and above count as hole')
+    if ratio > HOLE_BINS[-1][1]: tell(f'{name}: {_inverted(ratio)}')
+
+def _inverted(ratio):
+    "What to say about a hole ratio above that of the last bin"
+    return f'hole ratio {ratio:.2f}, looks inverted; white (1) must be the hole, invert=True turns it round'
+
+# %% ../../nbs/02_data.masks.ipynb #ecb431da
 def load_mask(mask,             # path, PIL picture, bool / uint8 / float array, tensor of 0 and 1
               size=None,        # side or (H, W) to bring it to, nearest neighbour; None: as it is
               *, threshold:int=128,     # from this level of 0 to 255 on it is hole
               invert:bool=False,        # for masks whose white is the known part
               name:str|None=None,       # what messages call it
               quiet:bool=False)->np.ndarray:
-    "A mask as bool (H,W), True = hole. `MaskWarning` for grey pixels and for what looks inverted; `InputError` if unreadable"
+    "A mask as bool (H,W), True = hole. `MaskWarning` for grey pixels and an inverted look; `InputError` if unreadable"
     name = name or (str(mask) if isinstance(mask, (str, Path)) else 'mask')
     a = _levels(mask, name)
     if size is not None and a.shape != _hw(size):
@@ -197,21 +221,12 @@ def load_mask(mask,             # path, PIL picture, bool / uint8 / float array,
     if not quiet: _warn(a, hole, name, threshold)
     return hole
 
-def _warn(a, hole, name, threshold):
-    "Tell what looks wrong about a mask"
-    grey, ratio = float(((a > 0) & (a < 255)).mean()), hole_ratio(hole)
-    if grey: warnings.warn(f'{name}: {grey:.1%} of its pixels are neither 0 nor 255 (levels {a.min()} to {a.max()}); '
-                           f'{threshold} and above count as hole', MaskWarning, stacklevel=3)
-    if ratio > HOLE_BINS[-1][1]:
-        warnings.warn(f'{name}: hole ratio {ratio:.2f}, looks inverted; white (1) must be the hole, '
-                      f'invert=True turns it round', MaskWarning, stacklevel=3)
-
-# %% ../../nbs/02_data.masks.ipynb #b9f7dcdb
+# %% ../../nbs/02_data.masks.ipynb #68fb560a
 def check_mask(mask,                # (H,W), or (...,H,W), of 0 and 1
                *, image_size=None,  # (H, W) that it must have
                name:str='mask'):    # what messages call it; returns `mask`
     "`InputError` for a mask of another size, with values between 0 and 1, without hole, or without a known pixel"
-    a = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+    a = _array(mask)
     if image_size is not None and a.shape[-2:] != tuple(image_size):
         (h, w), (H, W) = a.shape[-2:], image_size
         raise InputError(f'{name} is {w} x {h} pixels, the image {W} x {H}; expected the same size')
@@ -221,21 +236,26 @@ def check_mask(mask,                # (H,W), or (...,H,W), of 0 and 1
     if a.all(): raise InputError(f'{name} is full: every pixel is hole, nothing is known; expected some black')
     return mask
 
-# %% ../../nbs/02_data.masks.ipynb #938d35bf
+# %% ../../nbs/02_data.masks.ipynb #fe70c91f
+def _shifted(m, dy:int, dx:int):
+    "`m` moved by (dy, dx); what moves in is known"
+    out, (H, W) = np.zeros_like(m), m.shape
+    to, of = (lambda d, n: slice(max(d, 0), n + min(d, 0))), (lambda d, n: slice(max(-d, 0), n - max(d, 0)))
+    out[to(dy, H), to(dx, W)] = m[of(dy, H), of(dx, W)]
+    return out
+
+# %% ../../nbs/02_data.masks.ipynb #86bb939a
 class MaskFolder:
     "Masks from the files of a folder: call with (rng, index, size). `InputError` if it is missing or empty"
-    def __init__(self, folder, *,
-                 in_order:bool=False,     # mask index % count, unchanged; else a random one
-                 flip_x:bool=True,        # mirror half of them
-                 flip_y:bool=True,        # turn half of them upside down
+    def __init__(self, folder, *, in_order:bool=False,     # mask index % count, unchanged; else a random one
+                 flip_x:bool=True, flip_y:bool=True,       # mirror half of them, turn half of them upside down
                  shift:float=1/8,         # largest shift, as a fraction of the side
                  threshold:int=128, invert:bool=False):
         self.paths, self.in_order, self.flips, self.shift = list_images(folder), in_order, (flip_y, flip_x), shift
         self.load = functools.partial(load_mask, threshold=threshold, invert=invert, quiet=True)
         ratio = np.mean([hole_ratio(self.load(p)) for p in self.paths[:8]])
         if ratio > HOLE_BINS[-1][1]:
-            warnings.warn(f'{folder}: mean hole ratio {ratio:.2f} of the first masks, looks inverted; white (1) must be '
-                          f'the hole, invert=True turns them round', MaskWarning, stacklevel=2)
+            warnings.warn(f'{folder}: its first masks have a mean {_inverted(ratio)}', MaskWarning, stacklevel=2)
 
     def __len__(self): return len(self.paths)
 
@@ -248,13 +268,7 @@ class MaskFolder:
         moved = _shifted(m, *(int(rng.integers(-f, f + 1)) for f in far))
         return moved if moved.any() else m                # never shifted out of the picture
 
-def _shifted(m, dy:int, dx:int):
-    "`m` moved by (dy, dx); what moves in is known"
-    out, (H, W) = np.zeros_like(m), m.shape
-    out[max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = m[max(-dy, 0):H - max(dy, 0), max(-dx, 0):W - max(dx, 0)]
-    return out
-
-# %% ../../nbs/02_data.masks.ipynb #17f43cdd
+# %% ../../nbs/02_data.masks.ipynb #8fd5fa98
 def _center(rng, index, size, *, hole=None): return center_mask(size, hole)
 def _block_at(rng, index, size, *, hole=None): return block_mask(rng, size, hole)
 def _half(rng, index, size): return half_mask(rng, size)
@@ -262,12 +276,14 @@ def _half(rng, index, size): return half_mask(rng, size)
 def _free_form(rng, index, size, *, strokes=(1, 4), vertices=(4, 12), width=(.05, .16), length=(.05, .25)):
     return free_form(rng, size, strokes=strokes, vertices=vertices, width=width, length=length)
 
-def _bin(rng, index, size, *, bin, seed=0, border=None): return sample_bin_mask(bin, index, size=size, seed=seed, border=border)
+def _bin(rng, index, size, *, bin, seed=0, border=None):
+    return sample_bin_mask(bin, index, size=size, seed=seed, border=border)
 
 def _bins(rng, index, size, *, bins=range(len(HOLE_BINS)), border=None):
     b, seed = bins[int(rng.integers(len(bins)))], int(rng.integers(2**31))
     return sample_bin_mask(b, index, size=size, seed=seed, border=border)
 
+# %% ../../nbs/02_data.masks.ipynb #c6143182
 def _mixture(rng, index, size, *, parts): return parts[int(rng.integers(len(parts)))](rng, index, size)
 
 def _in_order(folder, *, threshold=128, invert=False):
@@ -276,22 +292,25 @@ def _in_order(folder, *, threshold=128, invert=False):
 def _as_edge_connect(folder, *, threshold=128, invert=False):      # mirrored with its picture, never shifted
     return MaskFolder(folder, flip_y=False, shift=0, threshold=threshold, invert=invert)
 
-def _mixed(folder, *, others, **kw): return functools.partial(_mixture, parts=(*others, _as_edge_connect(folder, **kw)))
+def _mixed(folder, *, others, threshold=128, invert=False):
+    return functools.partial(_mixture, parts=(*others, _as_edge_connect(folder, threshold=threshold, invert=invert)))
 
-# %% ../../nbs/02_data.masks.ipynb #8f7a1cd5
-DRAWN_MASKS = {'center': _center, 'block': _block_at, 'half': _half, 'free_form': _free_form, 'bins': _bins, 'bin': _bin,
-               'edge_connect1': _block_at, 'edge_connect2': _half}
+# %% ../../nbs/02_data.masks.ipynb #4c4e902f
+DRAWN_MASKS = {'center': _center, 'block': _block_at, 'half': _half, 'free_form': _free_form,
+               'bins': _bins, 'bin': _bin, 'edge_connect1': _block_at, 'edge_connect2': _half}
 FILE_MASKS = {'irregular': MaskFolder, 'files': _in_order, 'edge_connect3': _as_edge_connect,
               'edge_connect4': functools.partial(_mixed, others=(_block_at,)),
               'edge_connect5': functools.partial(_mixed, others=(_block_at, _half)), 'edge_connect6': _in_order}
 MASK_KINDS = (*DRAWN_MASKS, *FILE_MASKS)
 
+# %% ../../nbs/02_data.masks.ipynb #a456e16f
 def mask_sampler(kind:str,     # one of MASK_KINDS
                  *, folder=None,   # of mask files, for the kinds that need them
                  **options):       # hole, strokes, width, bins, border, threshold, ...: those of the kind
     "A function masks(rng, index, size) -> bool (size,size), True = hole. `InputError` for an unknown kind, option or folder"
     if kind not in MASK_KINDS: raise InputError(f"no masks '{kind}'; expected one of {', '.join(MASK_KINDS)}")
-    if kind in FILE_MASKS and folder is None: raise InputError(f"masks '{kind}' come from files; expected a folder of them")
+    if kind in FILE_MASKS and folder is None:
+        raise InputError(f"masks '{kind}' come from files; expected a folder of them")
     make = DRAWN_MASKS.get(kind) or FILE_MASKS[kind]
     try: inspect.signature(make).bind(*([folder] if kind in FILE_MASKS else [None, 0, 0]), **options)
     except TypeError as e: raise InputError(f"masks '{kind}': {e}") from None

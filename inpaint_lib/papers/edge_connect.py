@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fill_hole', 'composite', 'edge_input', 'inpaint_input', 'down_path', 'up_path', 'channels', 'EdgeGenerator',
-           'InpaintGenerator', 'Discriminator', 'EdgeConnectConfig', 'EdgeConnectStage', 'canny_sigma', 'stage_metrics',
+           'InpaintGenerator', 'Discriminator', 'EdgeConnectConfig', 'canny_sigma', 'EdgeConnectStage', 'stage_metrics',
            'stage_pictures', 'EdgeRecipe', 'ColourStage', 'paint', 'InpaintRecipe', 'JointRecipe', 'fill']
 
 # %% ../../nbs/25_papers.edge_connect.ipynb #d4fd7228
@@ -66,7 +66,7 @@ def up_path(ch:int,      # channels before the last convolution
                    nn.InstanceNorm2d(c), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(ch, out_ch, 7))
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #d4c188de
+# %% ../../nbs/25_papers.edge_connect.ipynb #51d583da
 def channels(n:int,           # channels in the paper
              width:float=1.,  # 1.0 = the paper
             )->int:
@@ -88,7 +88,7 @@ class _Generator(nn.Module):
         "The decoder's output before it is squashed to [0,1]"
         h, w = x.shape[-2:]
         if h % 4 or w % 4 or min(h, w) < 12:
-            raise InputError(f'{type(self).__name__}: {h}x{w} pixels; expected multiples of 4, 12 or more (pad first)')
+            raise InputError(f'{type(self).__name__}: {h}x{w} pixels; expected multiples of 4, 12 or more')
         return self.decoder(self.middle(self.encoder(x)))
 
 # %% ../../nbs/25_papers.edge_connect.ipynb #b1a7c48d
@@ -105,9 +105,9 @@ class InpaintGenerator(_Generator):
         super().__init__(4, 3, width, False)
     def forward(self, x:Tensor)->Tensor: return (torch.tanh(self.raw(x)) + 1)/2
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #80f0b0d6
+# %% ../../nbs/25_papers.edge_connect.ipynb #abc608ac
 class Discriminator(nn.Module):
-    "70x70 patch critic: (B,in_ch,H,W) -> (scores (B,1,H/8-2,W/8-2), its five activation maps). Nazeri et al. 2019, sec. 3"
+    "70x70 patch critic: (B,in_ch,H,W) -> (scores (B,1,H/8-2,W/8-2), five activation maps). Nazeri et al. 2019, sec. 3"
     def __init__(self, in_ch:int,              # 2 = grey and edges (D1), 3 = colours (D2)
                  width:float=1.0,              # 1.0 = the paper
                  use_sigmoid:bool=True,        # scores as probabilities; maps[-1] holds the logits either way
@@ -122,13 +122,22 @@ class Discriminator(nn.Module):
 
     def forward(self, x:Tensor)->tuple:
         "Scores and the five maps; `InputError` below 24 pixels, where no patch is left"
-        if min(x.shape[-2:]) < 24: raise InputError(f'Discriminator: {x.shape[-2]}x{x.shape[-1]} pixels; expected 24 or more')
+        if min(x.shape[-2:]) < 24:
+            raise InputError(f'Discriminator: {x.shape[-2]}x{x.shape[-1]} pixels; expected 24 or more')
         maps = []
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
             x = conv(x); maps.append(x)
         return (torch.sigmoid(x) if self.use_sigmoid else x), maps
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #54518861
+# %% ../../nbs/25_papers.edge_connect.ipynb #409a2c15
+def _check_config(c):
+    "`InputError` for values without a meaning"
+    if c.gan_loss not in ('nsgan', 'lsgan', 'hinge'):
+        raise InputError(f"gan_loss '{c.gan_loss}'; expected nsgan, lsgan or hinge")
+    if c.sigma < 0 and c.sigma != -1:
+        raise InputError(f'sigma {c.sigma}; expected above 0, 0 (random) or -1 (no edges)')
+
+# %% ../../nbs/25_papers.edge_connect.ipynb #cb3e8a01
 @dataclass
 class EdgeConnectConfig:
     "Nazeri et al. 2019 in numbers. `InputError` for values without a meaning"
@@ -150,12 +159,16 @@ class EdgeConnectConfig:
     betas:tuple = (0., .9)    # note 004: Adam
     seed:int = 0              # ours: of the random sigma
 
-    def __post_init__(self):
-        if self.gan_loss not in ('nsgan', 'lsgan', 'hinge'):
-            raise InputError(f"gan_loss '{self.gan_loss}'; expected nsgan, lsgan or hinge")
-        if self.sigma < 0 and self.sigma != -1: raise InputError(f'sigma {self.sigma}; expected above 0, 0 (random) or -1 (no edges)')
+    def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #fa556552
+# %% ../../nbs/25_papers.edge_connect.ipynb #4d36517f
+def canny_sigma(config, batch):
+    "The config's sigma; 0 draws a whole number, 1 to 4, for each picture, keyed by (seed, epoch, index)"
+    if config.sigma != 0: return config.sigma
+    keys = zip(batch['epoch'].tolist(), batch['index'].tolist())
+    return [float(keyed_rng(config.seed, *key, 'sigma').integers(1, 5)) for key in keys]
+
+# %% ../../nbs/25_papers.edge_connect.ipynb #157e9eb2
 class EdgeConnectStage(Recipe):
     "What the stages share: the edges of a batch, a critic's verdict, what is logged and shown"
     method, update = 'edge_connect', 'simultaneous'
@@ -166,8 +179,8 @@ class EdgeConnectStage(Recipe):
         "(image, grey, edge, mask), all without gradient; edges are the batch's own, or Canny's of the whole picture"
         image, mask = batch['image'].detach(), batch['mask'].detach()
         gray = rgb_to_gray(image)
-        edge = batch['edge'].detach() if 'edge' in batch else edge_maps(gray, canny_sigma(self.config, batch)).to(gray)
-        return image, gray, edge, mask
+        edge = batch['edge'].detach() if 'edge' in batch else edge_maps(gray, canny_sigma(self.config, batch))
+        return image, gray, edge.to(gray), mask
 
     def verdict(self, x, real, *, for_D=True):
         "(adversarial loss, activations) of the critic on `x`"
@@ -177,12 +190,6 @@ class EdgeConnectStage(Recipe):
 
     def metrics(self, batch, out): return stage_metrics(batch, out)
     def pictures(self, batch, out): return stage_pictures(batch, out)
-
-def canny_sigma(config, batch):
-    "The config's sigma; 0 draws a whole number from 1 to 4 for each picture of the batch, keyed by (seed, epoch, index)"
-    if config.sigma != 0: return config.sigma
-    keys = zip(batch['epoch'].tolist(), batch['index'].tolist())
-    return [float(keyed_rng(config.seed, *key, 'sigma').integers(1, 5)) for key in keys]
 
 # %% ../../nbs/25_papers.edge_connect.ipynb #44860796
 def stage_metrics(batch, out)->dict:
@@ -201,7 +208,7 @@ def stage_pictures(batch, out)->dict:
     if out['pred'].shape[1] == 1: return row | {'pred': ink(out['pred']), 'true edges': ink(edge)}
     return row | dict(pred=out['pred'], comp=out['comp'])
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #e6ed2e6e
+# %% ../../nbs/25_papers.edge_connect.ipynb #b224d17b
 class EdgeRecipe(EdgeConnectStage):
     "Stage 1: G1 hallucinates the edges of the hole, D1 looks at grey and edges. Nazeri et al. 2019, sec. 3.1"
     name = 'edge_connect.edge'
@@ -221,18 +228,19 @@ class EdgeRecipe(EdgeConnectStage):
 
     def g_terms(self, batch, out):
         fake, maps = self.verdict(torch.cat([out['gray'], out['pred']], 1), True, for_D=False)
-        return dict(g_adv=self.config.lambda_adv1*fake, fm=self.config.lambda_fm*feature_matching(maps, out['real_maps']))
+        fm = feature_matching(maps, out['real_maps'])
+        return dict(g_adv=self.config.lambda_adv1*fake, fm=self.config.lambda_fm*fm)
 
     def generators(self): return {'edge': self.G}
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #04319e20
+# %% ../../nbs/25_papers.edge_connect.ipynb #713dafeb
 class ColourStage(EdgeConnectStage):
-    "Losses of the stages that end in colours: D2 sees three channels. `InputError` if config and `vgg` contradict each other"
+    "Losses of the stages that end in colours; D2 sees three channels. `InputError`: config and `vgg` contradict"
     def __init__(self, config:EdgeConnectConfig|None=None,
-                 vgg:nn.Module|None=None):  # `VGGFeatures` with the config's layers; None only with vgg_weights='none'
-        super().__init__(config); self.vgg = vgg
-        if (vgg is None) != (self.config.vgg_weights == 'none'):
-            raise InputError(f"vgg_weights is '{self.config.vgg_weights}' and {'no' if vgg is None else 'a'} VGG network is given; "
+                 vgg:nn.Module|None=None):  # `VGGFeatures` with the config's layers; None: vgg_weights='none'
+        super().__init__(config); self.vgg, weights = vgg, self.config.vgg_weights
+        if (vgg is None) != (weights == 'none'):
+            raise InputError(f"vgg_weights is '{weights}' and {'no' if vgg is None else 'a'} VGG network is given; "
                              "expected one, or vgg_weights='none' without one")
         if vgg is None: self.deviations = ['no perceptual and style loss: vgg_weights=none']
         self.D = Discriminator(3, self.config.width)
@@ -250,9 +258,9 @@ class ColourStage(EdgeConnectStage):
         perc, style = vgg_terms(self.vgg, pred, image, mask, content=c.content_layers, style=c.style_layers)
         return terms | dict(perceptual=c.lambda_perc*perc, style=c.lambda_style*style)
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #e9dfe07a
+# %% ../../nbs/25_papers.edge_connect.ipynb #b2fb10e4
 def paint(G2, image, mask, *, edge, guess=None)->dict:
-    "G2's part of a forward. Its edges: `edge`, or (with G1's `guess`) known ones outside and hallucinated ones in the hole"
+    "G2's part of a forward. Its edges: `edge`, or (with G1's `guess`) known outside, hallucinated in the hole"
     edges = edge if guess is None else composite(guess, edge, mask)
     pred = G2(inpaint_input(image, edges, mask))
     out = dict(pred=pred, comp=composite(pred, image, mask), edges=edges, edge=edge)
@@ -260,22 +268,22 @@ def paint(G2, image, mask, *, edge, guess=None)->dict:
 
 def _check_edges(edges, edge_generator):
     "`InputError` when the source of the edges and the network given for it contradict each other"
-    if edges not in ('canny', 'hallucinated'): raise InputError(f"edges '{edges}'; expected 'canny' or 'hallucinated'")
+    if edges not in ('canny', 'hallucinated'):
+        raise InputError(f"edges '{edges}'; expected 'canny' or 'hallucinated'")
     if (edges == 'canny') != (edge_generator is None):
         raise InputError(f"edges='{edges}' {'needs an' if edge_generator is None else 'takes no'} edge_generator")
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #94b518e8
+# %% ../../nbs/25_papers.edge_connect.ipynb #b6d59cd5
 class InpaintRecipe(ColourStage):
-    "Stage 2: G2 paints between given edges. Nazeri et al. 2019, sec. 3.2. `InputError`: parts missing or contradictory"
+    "Stage 2: G2 paints between given edges. Nazeri et al. 2019, sec. 3.2. `InputError`: parts missing"
     name = 'edge_connect.inpaint'
     def __init__(self, config:EdgeConnectConfig|None=None,
                  edges:str='canny',                   # true edges, or 'hallucinated'
                  edge_generator:nn.Module|None=None,  # a trained G1 for 'hallucinated'; frozen here
                  vgg:nn.Module|None=None):
         super().__init__(config, vgg); _check_edges(edges, edge_generator)
-        if edges == 'hallucinated': self.name += '_hallucinated'
-        self.edge_generator = edge_generator.requires_grad_(False).eval() if edge_generator is not None else None
-        self.G = InpaintGenerator(self.config.width)
+        if edge_generator is not None: self.name += '_hallucinated'; edge_generator.requires_grad_(False).eval()
+        self.edge_generator, self.G = edge_generator, InpaintGenerator(self.config.width)
 
     def train(self, mode=True):
         "Training mode for all but the frozen G1"
@@ -291,9 +299,9 @@ class InpaintRecipe(ColourStage):
 
     def generators(self): return {'inpaint': self.G}
 
-# %% ../../nbs/25_papers.edge_connect.ipynb #3a5f9663
+# %% ../../nbs/25_papers.edge_connect.ipynb #f891cc03
 class JointRecipe(ColourStage):
-    "Stage 3: G1 and G2 end to end, without D1; start from trained networks, lr 1e-6 (note 004). Nazeri et al. 2019, sec. 4"
+    "Stage 3: G1 and G2 end to end without D1, from trained networks, at lr 1e-6. Nazeri et al. 2019, sec. 4"
     name = 'edge_connect.joint'
     def __init__(self, config:EdgeConnectConfig|None=None,
                  edge_generator:nn.Module|None=None,     # trained G1; None = a new one, to be loaded

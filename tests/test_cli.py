@@ -1,0 +1,210 @@
+"The command `inpaint`: what it writes, its exit codes, and one line for each mistake"
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inpaint_lib import cli
+from inpaint_lib.papers.edge_connect import EdgeGenerator, InpaintGenerator
+from tiny_weights import save_tiny
+
+H, W = 93, 118
+YY, XX = np.mgrid[:H, :W]
+BASE = np.stack([(XX*2) % 256, (YY*2) % 256, (XX + YY) % 256], -1).astype(np.uint8)
+HOLE = np.zeros((H, W), bool)
+HOLE[30:60, 40:80] = True
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory): return save_tiny(tmp_path_factory.mktemp('w')/'w.safetensors')
+
+
+@pytest.fixture()
+def run(capsys):
+    def run(*argv):
+        try: code = cli.main([str(a) for a in argv])
+        except SystemExit as e: code = e.code
+        out, err = capsys.readouterr()
+        assert code != 2 or (err.count('\n') == 1 and 'Traceback' not in err), err
+        return code, out, err
+    return run
+
+
+@pytest.fixture()
+def files(tmp_path):
+    "One picture, one mask"
+    Image.fromarray(BASE).save(tmp_path/'a.png'); Image.fromarray((HOLE*255).astype(np.uint8)).save(tmp_path/'m.png')
+    return tmp_path
+
+
+def same_outside(a, b):
+    a, b = (np.asarray(Image.open(p).convert('RGBA')) for p in (a, b))
+    return a.shape == b.shape and (a[~HOLE] == b[~HOLE]).all() and (a[HOLE] != b[HOLE]).any()
+
+
+def test_fill_two_files(files, weights, run):
+    modes = {'rgb': Image.fromarray(BASE), 'grey': Image.fromarray(BASE[..., 0]), 'rgba': Image.fromarray(np.dstack([BASE, 255 - BASE[..., :1]]))}
+    for name, im in modes.items():
+        im.save(files/f'{name}.png')
+        code, out, err = run('fill', files/f'{name}.png', files/'m.png', '--method', 'edge_connect', '--checkpoint', weights, '--out', files/f'{name}_o.png')
+        assert (code, err) == (0, '') and f'{name}_o.png' in out
+        assert same_outside(files/f'{name}.png', files/f'{name}_o.png') and Image.open(files/f'{name}_o.png').mode == im.mode
+
+
+def test_fill_into_a_folder_that_exists(files, weights, run):
+    (files/'out').mkdir(); Image.fromarray(BASE).save(files/'b.jpg')
+    assert run('fill', files/'b.jpg', files/'m.png', '--checkpoint', weights, '--out', files/'out')[0] == 0
+    assert same_outside(files/'b.jpg', files/'out'/'b.png')                   # a JPEG becomes a lossless file
+
+
+def test_jpeg_is_written_with_a_note(files, weights, run):
+    code, _, err = run('fill', files/'a.png', files/'m.png', '--checkpoint', weights, '--out', files/'o.jpg')
+    assert code == 0 and 'JPEG is lossy' in err and (files/'o.jpg').exists()
+
+
+def test_fill_two_folders(files, weights, run):
+    for d in ('in', 'masks'): (files/d).mkdir()
+    for name in ('one.png', 'two.jpg', 'three.png'): Image.fromarray(BASE).save(files/'in'/name)
+    for name in ('one.png', 'two.png', 'three.bmp'): Image.fromarray((HOLE*255).astype(np.uint8)).save(files/'masks'/name)
+    code, out, _ = run('fill', files/'in', files/'masks', '--checkpoint', weights, '--out', files/'out')
+    assert code == 0 and sorted(p.name for p in (files/'out').iterdir()) == ['one.png', 'three.png', 'two.png']
+    assert all(same_outside(p, files/'out'/f'{p.stem}.png') for p in (files/'in').iterdir())
+
+
+def test_one_mask_for_all_and_bad_pictures_are_named(files, weights, run):
+    (files/'in').mkdir()
+    Image.fromarray(BASE).save(files/'in'/'good.png'); Image.fromarray(BASE[:50]).save(files/'in'/'small.png')
+    (files/'in'/'broken.png').write_text('no picture')
+    code, out, err = run('fill', files/'in', files/'m.png', '--checkpoint', weights, '--out', files/'out')
+    assert code == 2 and '2 of 3 pictures not filled' in err and 'broken.png' in err and '118 x 93' in err
+    assert [p.name for p in (files/'out').iterdir()] == ['good.png']
+
+
+def test_a_picture_without_mask_is_named(files, weights, run):
+    for d in ('in', 'masks'): (files/d).mkdir()
+    for name in ('one', 'two'): Image.fromarray(BASE).save(files/'in'/f'{name}.png')
+    Image.fromarray((HOLE*255).astype(np.uint8)).save(files/'masks'/'one.png')
+    code, _, err = run('fill', files/'in', files/'masks', '--checkpoint', weights, '--out', files/'out')
+    assert code == 2 and 'no mask called two' in err and (files/'out'/'one.png').exists()
+
+
+@pytest.mark.parametrize('argv, message', [
+    (('fill', 'none.png', 'm.png', '--out', 'o.png'), 'none.png: no such file'),
+    (('fill', 'a.png', 'none.png', '--out', 'o.png'), 'none.png: no such file'),
+    (('fill', 'a.png', 'a.png', '--out', 'a.png'), 'is an input'),
+    (('fill', 'a.png', 'm.png', '--out', 'm.png'), 'is an input'),
+    (('fill', 'a.png', 'm.png', '--out', 'o.xyz'), "can't write '.xyz'"),
+    (('fill', 'a.png', 'm.png', '--out', 'o.png', '--method', 'magic'), "no method 'magic'"),
+    (('fill', 'a.png', 'm.png', '--out', 'o.png', '--device', 'cuda:99'), "device 'cuda:99'"),
+    (('fill', 'a.png', 'empty', '--out', 'o.png'), 'expected two files or two folders'),
+    (('fill', 'empty', 'm.png', '--out', 'out'), 'no image in it'),
+    (('fill', 'a.png', 'm.png'), '--out'),
+    (('paint',), "invalid choice: 'paint'"), ((), 'required'),
+    (('train', 'edge_connect.edge', '-p', 'stepps', '3'), "no parameter 'stepps'"),
+    (('evaluate', 'nothing'), "'nothing' is no file and no method"),
+    (('import', 'magic', 'a', '--out', 'w.safetensors'), "'magic'"),
+    (('import', 'edge_connect', 'a', '--out', 'w.safetensors'), '1 files; expected 2'),
+    (('import', 'edge_connect', 'a', 'b', '--out', 'w.pth'), 'ends in .safetensors'),
+    (('import', 'edge_connect', 'none.pth', 'b', '--out', 'w.safetensors'), 'none.pth: no such file'),
+])
+def test_mistakes_are_one_line(argv, message, files, weights, run, monkeypatch):
+    monkeypatch.chdir(files); (files/'empty').mkdir()
+    if argv[:1] == ('fill',) and '--method' not in argv and '--out' in argv: argv += ('--checkpoint', weights)
+    before = (files/'a.png').read_bytes(), (files/'m.png').read_bytes()
+    code, _, err = run(*argv)
+    assert code == 2 and message in err
+    assert before == ((files/'a.png').read_bytes(), (files/'m.png').read_bytes()) and not (files/'o.png').exists()
+
+
+def test_import_then_fill(files, run):
+    G1, G2 = EdgeGenerator(width=1/16), InpaintGenerator(width=1/16)
+    torch.save({'iteration': 1, 'generator': {'module.' + k: v for k, v in G1.state_dict().items()}}, files/'EdgeModel_gen.pth')
+    torch.save({'iteration': 1, 'generator': G2.state_dict()}, files/'InpaintingModel_gen.pth')
+    code, out, _ = run('import', 'edge_connect', files/'EdgeModel_gen.pth', files/'InpaintingModel_gen.pth', '--out', files/'w.safetensors')
+    assert code == 0 and 'width 0.0625' in out
+    assert run('fill', files/'a.png', files/'m.png', '--checkpoint', files/'w.safetensors', '--out', files/'o.png')[0] == 0
+    assert same_outside(files/'a.png', files/'o.png')
+
+
+def test_methods_lists_them(run):
+    code, out, err = run('methods')
+    assert code == 0 and not err and out.splitlines()[0].split() == ['method', 'paper', 'weights']
+    assert any(line.startswith('edge_connect ') and '1901.00212' in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize('command', ['fill', 'train', 'evaluate', 'import', 'methods'])
+def test_help(command, run):
+    code, out, err = run(command, '--help')
+    assert code == 0 and out.startswith(f'usage: inpaint {command}') and not err
+
+
+@pytest.fixture()
+def notebooks(tmp_path, monkeypatch):
+    "Stand-ins for 40_train and 41_evaluate that only store or refuse their parameters"
+    nbs = tmp_path/'nbs'; nbs.mkdir()
+    for name, params in {'40_train': "recipe, preset, out_dir, lr, data_dir, checkpoints = '', '', '', 0., '', ''",
+                         '41_evaluate': "method, checkpoint, data_dir, out_dir = '', '', 'builtin', ''"}.items():
+        params = '\n'.join(f'{k.strip()} = {v.strip()}' for k, v in zip(*(s.split(',') for s in params.split(' = '))))
+        keep = "import json, os, pathlib\nnames = {k: v for k, v in globals().items() if isinstance(v, (str, int, float)) and k[0] != '_'}\n" \
+               "if names.get('lr') == 13: raise ValueError('lr is 13\\nand that is unlucky')\nprint('working in', os.path.basename(os.getcwd()))\n" \
+               "pathlib.Path(out_dir, 'got.json').write_text(json.dumps(names))"
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(params, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(keep)])
+        nb.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
+        nbformat.write(nb, nbs/f'{name}.ipynb')
+    monkeypatch.setattr(cli, 'notebook', lambda name: nbs/f'{name}.ipynb')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def got(path):
+    import json
+    return json.loads((Path(path)/'got.json').read_text())
+
+
+def test_train_runs_the_notebook(notebooks, run):
+    (notebooks/'photos').mkdir(); (notebooks/'e.safetensors').write_bytes(b'')
+    code, out, err = run('train', 'edge_connect.edge', '-p', 'lr', '1e-4', '-p', 'data_dir', 'photos', '-p', 'checkpoints', 'edge=e.safetensors', '--out', 'r')
+    assert code == 0 and 'working in nbs' in out and (notebooks/'r'/'40_train.ipynb').exists(), err
+    g = got('r')
+    assert (g['recipe'], g['preset'], g['lr'], g['out_dir']) == ('edge_connect.edge', 'tiny', 1e-4, str(notebooks/'r'))
+    assert g['data_dir'] == str(notebooks/'photos') and g['checkpoints'] == f'edge={notebooks}/e.safetensors'
+    code, _, err = run('train', 'edge_connect.edge', '-p', 'lr', '13')
+    assert code == 2 and 'lr is 13 (ValueError' in err and (notebooks/'runs'/'edge_connect.edge-tiny'/'40_train.ipynb').exists()
+
+
+def test_evaluate_takes_a_method_or_weights(notebooks, weights, run):
+    assert run('evaluate', 'edge_connect', '--out', 'e')[0] == 0
+    assert (got('e')['method'], got('e')['checkpoint'], got('e')['data_dir']) == ('edge_connect', '', 'builtin')
+    assert run('evaluate', weights, '--data', notebooks/'nbs')[0] == 0
+    g = got('runs/evaluate-edge_connect')
+    assert (g['method'], g['checkpoint'], g['data_dir']) == ('edge_connect', str(weights), str(notebooks/'nbs'))
+
+
+def test_without_a_checkout_one_line_says_so(run, monkeypatch):
+    monkeypatch.setattr('inpaint_lib.core.checkout', lambda: None)
+    code, _, err = run('train', 'edge_connect.edge')
+    assert code == 2 and 'need a checkout' in err
+
+
+def test_types_of_values():
+    cases = {'8': 8, '-1': -1, '0.5': .5, '1e-4': 1e-4, '1E5': 1e5, 'true': True, 'False': False, 'null': None, 'none': 'none',
+             'edge_connect.edge': 'edge_connect.edge', 'a: b: c': 'a: b: c', '[1]': '[1]', 'nan-like': 'nan-like', 'lr=1e-3,d2g=.1': 'lr=1e-3,d2g=.1'}
+    for text, value in cases.items(): assert cli.typed(text) == value and type(cli.typed(text)) is type(value), text
+
+
+def test_the_installed_command_helps_without_torch():
+    exe = Path(sys.executable).parent/'inpaint'
+    r = subprocess.run([sys.executable, '-X', 'importtime', exe, 'fill', '--help'], capture_output=True, text=True)
+    assert r.returncode == 0 and 'usage: inpaint fill' in r.stdout
+    assert not [line for line in r.stderr.splitlines() if line.split('|')[-1].strip() in ('torch', 'numpy', 'PIL', 'papermill')]
+
+
+def test_the_installed_command_answers_in_one_line(tmp_path):
+    r = subprocess.run([Path(sys.executable).parent/'inpaint', 'fill', tmp_path/'no.png', tmp_path/'m.png', '--method', 'edge_connect',
+                        '--out', tmp_path/'o.png'], capture_output=True, text=True)
+    assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr

@@ -1,0 +1,298 @@
+"Any picture in, the same picture out: modes, sizes, files, leaks, and which weights are taken"
+import dataclasses
+import os
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inpaint_lib import inference
+from inpaint_lib.core import InputError
+from inpaint_lib.inference import (Inpainter, METHODS, colours, find_weights, lacks, load_inpainter, open_stored, padded, paste,
+                                   save_result, settle, upright, weights_method)
+from inpaint_lib.papers.edge_connect import EdgeConnectConfig, EdgeGenerator, InpaintGenerator
+from inpaint_lib.training import save_weights
+from tiny_weights import save_tiny
+
+H, W = 45, 58
+RNG = np.random.default_rng(0)
+BASE = RNG.integers(0, 256, (H, W, 3), dtype=np.uint8)
+HOLE = np.zeros((H, W), bool)
+HOLE[14:30, 38:] = True                          # touches the right edge
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory): return save_tiny(tmp_path_factory.mktemp('w')/'w.safetensors')
+
+
+@pytest.fixture(scope='module')
+def inpaint(weights): return load_inpainter('edge_connect', weights, device='cpu')
+
+
+def kinds():
+    rgb = Image.fromarray(BASE)
+    deep = RNG.integers(0, 65536, (H, W), dtype=np.uint16)
+    palette, see_through = rgb.convert('P'), rgb.convert('P')
+    see_through.info['transparency'] = 3
+    marked = rgb.copy(); marked.info['transparency'] = tuple(BASE[0, 0].tolist())
+    return {'1': rgb.convert('1'), 'L': rgb.convert('L'), 'LA': rgb.convert('LA'), 'RGB': rgb, 'CMYK': rgb.convert('CMYK'),
+            'RGBA': Image.fromarray(np.dstack([BASE, 255 - BASE[..., :1]])), 'P': palette, 'P see-through': see_through,
+            'RGB marked': marked, 'I;16': Image.fromarray(deep), 'I': Image.fromarray(deep.astype(np.int32)), 'YCbCr': rgb.convert('YCbCr'),
+            'HSV': rgb.convert('HSV')}
+
+
+@pytest.mark.parametrize('kind', kinds())
+def test_every_mode_comes_back_bit_identical_outside(kind, inpaint):
+    im = kinds()[kind]
+    r = inpaint(im, HOLE)
+    assert r.image.size == im.size and r.image.mode == {'P': 'RGB', 'P see-through': 'RGBA'}.get(kind, im.mode)
+    a, b = np.asarray(settle(im)), np.asarray(r.image)
+    assert a.dtype == b.dtype and (a[~HOLE] == b[~HOLE]).all() and (a[HOLE] != b[HOLE]).any()
+    if r.image.mode in ('LA', 'RGBA'): assert (a[..., -1] == b[..., -1]).all()
+    if kind.startswith('P'):
+        assert (np.asarray(im.convert('RGBA'))[~HOLE] == np.asarray(r.image.convert('RGBA'))[~HOLE]).all()
+
+
+@pytest.mark.parametrize('kind, suffix', [(k, '.png') for k in kinds() if k not in ('CMYK', 'YCbCr', 'HSV', 'I')]
+                         + [(k, '.tif') for k in ('1', 'L', 'LA', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I')]
+                         + [('RGB', '.webp'), ('RGBA', '.webp'), ('RGB', '.bmp'), ('L', '.bmp'), ('RGB', '.ppm'), ('L', '.pgm')])
+def test_files_keep_mode_and_pixels(kind, suffix, inpaint, tmp_path):
+    im = kinds()[kind]; target = tmp_path/f'out{suffix}'
+    assert save_result(inpaint(im, HOLE), target) == ''
+    again, want = open_stored(target), settle(im)
+    assert again.mode == want.mode and (np.asarray(again)[~HOLE] == np.asarray(want)[~HOLE]).all()
+    seen = lambda i: np.asarray(i.convert('RGBA')) if i.mode not in ('I', 'I;16', 'CMYK') else np.asarray(i)
+    assert (seen(again)[~HOLE] == seen(im)[~HOLE]).all()            # transparent colours too
+
+
+@pytest.mark.parametrize('channels', [3, 4])
+@pytest.mark.parametrize('suffix', ['.png', '.tif'])
+def test_16_bit_colour_stays_16_bit(channels, suffix, inpaint, tmp_path):
+    a = RNG.integers(0, 65536, (H, W, channels), dtype=np.uint16)
+    order = [2, 1, 0, 3][:channels]
+    cv2.imwrite(str(tmp_path/f'in{suffix}'), a[..., order])
+    r = inpaint(tmp_path/f'in{suffix}', HOLE)
+    assert r.image.dtype == np.uint16 and (r.image[~HOLE] == a[~HOLE]).all() and (r.image[HOLE] != a[HOLE]).any()
+    if channels == 4: assert (r.image[..., 3] == a[..., 3]).all()
+    save_result(r, tmp_path/f'out{suffix}')
+    assert (cv2.imread(str(tmp_path/f'out{suffix}'), cv2.IMREAD_UNCHANGED)[..., order][~HOLE] == a[~HOLE]).all()
+    with pytest.raises(InputError, match='no 16-bit colour'): save_result(r, tmp_path/'out.webp')
+
+
+def test_compressed_tiff_is_not_compressed_again(inpaint, tmp_path):
+    Image.fromarray(BASE).save(tmp_path/'in.tif', compression='jpeg')
+    before = np.asarray(open_stored(tmp_path/'in.tif'))
+    save_result(inpaint(tmp_path/'in.tif', HOLE), tmp_path/'out.tif')
+    assert (np.asarray(open_stored(tmp_path/'out.tif'))[~HOLE] == before[~HOLE]).all()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_is_applied_and_dropped(orientation, inpaint, tmp_path):
+    exif = Image.Exif(); exif[0x0112] = orientation
+    Image.fromarray(BASE).save(tmp_path/'in.png', exif=exif, icc_profile=b'profile')
+    seen = upright(BASE, orientation); hole = np.zeros(seen.shape[:2], bool); hole[:9, :11] = True
+    r = inpaint(tmp_path/'in.png', hole)
+    assert (np.asarray(r.image)[~hole] == seen[~hole]).all()
+    save_result(r, tmp_path/'out.png')
+    with Image.open(tmp_path/'out.png') as out:
+        assert 0x0112 not in out.getexif() and out.info['icc_profile'] == b'profile'
+        assert (np.asarray(out)[~hole] == seen[~hole]).all()
+
+
+def test_16_bit_colour_with_exif(tmp_path):
+    a = RNG.integers(0, 65536, (H, W, 3), dtype=np.uint16)
+    exif = Image.Exif(); exif[0x0112] = 6
+    ok, data = cv2.imencode('.png', a[..., ::-1]); data = data.tobytes()
+    import zlib
+    body = b'eXIf' + exif.tobytes().removeprefix(b'Exif\0\0')
+    chunk = (len(body) - 4).to_bytes(4, 'big') + body + zlib.crc32(body).to_bytes(4, 'big')
+    (tmp_path/'in.png').write_bytes(data[:33] + chunk + data[33:])         # after the header chunk
+    assert np.array_equal(open_stored(tmp_path/'in.png'), np.rot90(a, -1))
+
+
+@pytest.mark.parametrize('shape', [(H, W), (H, W, 1), (H, W, 2), (H, W, 3), (H, W, 4)])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_arrays(shape, dtype, inpaint):
+    a = RNG.integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+    out = inpaint(a, HOLE).image
+    assert out.shape == a.shape and out.dtype == a.dtype and (out[~HOLE] == a[~HOLE]).all() and (out[HOLE] != a[HOLE]).any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize('batch', [None, 2])
+def test_tensors(dtype, batch, inpaint):
+    x = torch.rand(*(() if batch is None else (batch,)), 3, H, W).to(dtype)
+    r = inpaint(x, torch.from_numpy(HOLE))
+    assert r.image.shape == x.shape and r.image.dtype == dtype and r.pred.shape == x.shape
+    assert torch.equal(r.image[..., ~torch.from_numpy(HOLE)], x[..., ~torch.from_numpy(HOLE)])
+    assert {'edges_known', 'edges_hallucinated', 'edges'} <= set(r.views)
+    assert all(v.shape == (*x.shape[:-3], 1, H, W) for v in r.views.values())
+
+
+def test_a_mask_for_each_picture_of_a_batch(inpaint):
+    x, m = torch.rand(2, 3, H, W), torch.zeros(2, 1, H, W)
+    m[0, :, :9, :9] = 1; m[1, :, 20:, 20:] = 1
+    both = inpaint(x, m)
+    assert torch.equal(both.image*(1 - m), x*(1 - m))
+    for i in (0, 1): assert torch.allclose(both.image[i], inpaint(x[i], m[i]).image, atol=1e-6)
+    with pytest.raises(InputError, match='3 masks for 2 images'): inpaint(x, torch.ones(3, 1, H, W))
+
+
+@pytest.mark.parametrize('size', [(1, 2), (5, 9), (16, 16), (17, 64), (45, 58), (3, 100)])
+def test_any_size(size, inpaint):
+    a = RNG.integers(0, 256, (*size, 3), dtype=np.uint8); hole = np.zeros(size, bool); hole[0, :size[1]//2] = True
+    r = inpaint(a, hole)
+    assert r.image.shape == a.shape and (r.image[~hole] == a[~hole]).all() and r.pred.shape == (3, *size)
+
+
+def test_padding_mirrors_and_repeats():
+    x = torch.arange(20.).view(1, 1, 4, 5)
+    assert torch.equal(padded(x, 4, 4)[..., :, 5:], x.flip(-1)[..., 1:4])      # 5 -> 8 by mirroring
+    assert padded(x, 8, 16).shape[-2:] == (16, 16) and (padded(x, 8, 16)[..., 4:, :5] == x[..., -1:, :]).all()
+    assert padded(torch.zeros(1, 1, 32, 48)).shape == (1, 1, 32, 48)
+
+
+@pytest.mark.parametrize('under', ['noise', 'nan', 'white'])
+def test_what_lies_under_the_mask_has_no_influence(under, inpaint):
+    x, hole = torch.rand(3, H, W), torch.from_numpy(HOLE)
+    other = dict(noise=torch.rand(3, H, W), nan=torch.full((3, H, W), float('nan')), white=torch.ones(3, H, W))[under]
+    a, b = inpaint(x, hole), inpaint(torch.where(hole, other, x), hole)
+    assert torch.equal(a.image, b.image) and torch.equal(a.pred, b.pred)
+    assert all(torch.equal(a.views[k], b.views[k]) for k in a.views)
+
+
+def test_a_hole_at_the_edge_is_unknown_in_the_border_too():
+    mean = lambda image, mask: dict(pred=((image*(1 - mask)).sum((2, 3), True)/(1 - mask).sum((2, 3), True)).expand_as(image))
+    x = torch.full((3, H, W), .5)
+    assert torch.equal(Inpainter(mean)(x, HOLE).pred, x)
+
+
+def test_known_pixels_do_have_influence(inpaint):
+    x = torch.rand(3, H, W)
+    assert not torch.equal(inpaint(x, HOLE).pred, inpaint(1 - x, HOLE).pred)
+
+
+def test_sigma_of_random_training_is_two(tmp_path, inpaint):
+    config = dataclasses.asdict(EdgeConnectConfig(width=1/16, sigma=0))
+    other = load_inpainter('edge_connect', save_tiny(tmp_path/'w.safetensors', config=config), 'cpu')
+    assert torch.equal(other(BASE, HOLE).views['edges_known'], inpaint(BASE, HOLE).views['edges_known'])
+
+
+def test_grey_files_as_masks_and_pictures(inpaint, tmp_path):
+    Image.fromarray(BASE).save(tmp_path/'a.jpg', quality=95); Image.fromarray((HOLE*255).astype(np.uint8)).save(tmp_path/'m.png')
+    r = inpaint(str(tmp_path/'a.jpg'), tmp_path/'m.png')
+    assert isinstance(r.image, Image.Image) and (np.asarray(r.image)[~HOLE] == np.asarray(Image.open(tmp_path/'a.jpg'))[~HOLE]).all()
+    assert 'lossy' in save_result(r, tmp_path/'o.jpg') and save_result(r, tmp_path/'o.png') == ''
+
+
+@pytest.mark.parametrize('image, mask, message', [
+    (BASE.astype(float), HOLE, 'image array of float64'),
+    (BASE[..., :2].astype(np.int32), HOLE, 'image array of int32'),
+    (torch.zeros(3, H, W, dtype=torch.uint8), HOLE, 'image tensor of torch.uint8'),
+    (torch.zeros(1, H, W), HOLE, 'expected floats'),
+    (torch.full((3, H, W), 2.), HOLE, 'values from'),
+    (torch.full((3, H, W), float('nan')), HOLE, 'NaN'),
+    (Image.new('F', (W, H)), HOLE, 'image of mode F'),
+    (Image.fromarray(np.full((H, W), 70000, np.int32)), HOLE, 'expected 0..65535'),
+    (None, HOLE, 'image of type NoneType'),
+    (BASE, HOLE[:-1], f'{W} x {H - 1} pixels'),
+    (BASE, np.zeros((H, W), bool), 'empty'),
+    pytest.param(BASE, np.ones((H, W), bool), 'full', marks=pytest.mark.filterwarnings('ignore:mask')),
+    ('nowhere.png', HOLE, 'nowhere.png: no such file'),
+    (BASE, 'nowhere.png', 'nowhere.png: no such file'),
+])
+def test_bad_pictures_and_masks(image, mask, message, inpaint):
+    with pytest.raises(InputError, match=message) as e: inpaint(image, mask)
+    assert '\n' not in str(e.value)
+
+
+def test_files_that_are_no_pictures(inpaint, tmp_path):
+    (tmp_path/'text.png').write_text('not a picture'); Image.fromarray(BASE).save(tmp_path/'cut.png')
+    (tmp_path/'cut.png').write_bytes((tmp_path/'cut.png').read_bytes()[:3000])
+    for name in ('text', 'cut'):
+        with pytest.raises(InputError, match=f'{name}.png: not a readable image'): inpaint(tmp_path/f'{name}.png', HOLE)
+
+
+@pytest.mark.parametrize('kind, name, message', [('RGB', 'o.gif', "can't write '.gif'"), ('RGB', 'o', 'no suffix'), ('RGBA', 'o.jpg', 'does not hold'),
+                                                 ('L', 'o.webp', 'does not keep'), ('RGBA', 'o.bmp', 'does not keep'), ('CMYK', 'o.png', 'does not hold')])
+def test_formats_that_cannot_hold_it(kind, name, message, tmp_path):
+    (tmp_path/name).write_bytes(b'what was there')
+    with pytest.raises(InputError, match=message): save_result(kinds()[kind], tmp_path/name)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path/name).read_bytes() == b'what was there'
+
+
+def test_a_batch_is_not_a_file(tmp_path):
+    with pytest.raises(InputError, match='a batch of 2'): save_result(torch.zeros(2, 3, 8, 8), tmp_path/'o.png')
+    save_result(torch.full((3, 8, 8), .5), tmp_path/'o.png')
+    assert np.asarray(Image.open(tmp_path/'o.png')).max() == 128
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    def full(*a, **k): raise OSError(28, 'No space left on device')
+    (tmp_path/'o.png').write_bytes(b'old'); monkeypatch.setattr(Image.Image, 'save', full)
+    with pytest.raises(InputError, match='No space left'): save_result(Image.fromarray(BASE), tmp_path/'o.png')
+    assert (tmp_path/'o.png').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_order_in_which_weights_are_found(tmp_path):
+    with pytest.raises(InputError, match='make demo') as e: find_weights('edge_connect', tmp_path)
+    assert '\n' not in str(e.value)
+    old, new = (save_tiny(tmp_path/'runs'/r/'weights.safetensors') for r in ('old', 'deep/new'))
+    os.utime(old, (time.time() - 100,)*2)
+    save_tiny(tmp_path/'runs'/'edge_only'/'weights.safetensors', nets=('edge',))
+    save_tiny(tmp_path/'runs'/'other'/'weights.safetensors', method='structure_flow')
+    (tmp_path/'runs'/'broken').mkdir(); (tmp_path/'runs'/'broken'/'weights.safetensors').write_bytes(b'half')
+    assert find_weights('edge_connect', tmp_path) == new
+    shipped = save_tiny(tmp_path/'data'/'weights'/'edge_connect.safetensors')
+    assert find_weights('edge_connect', tmp_path) == shipped
+
+
+def test_weights_that_do_not_serve(tmp_path, weights):
+    assert lacks(weights, 'edge_connect') == '' and weights_method(weights) == 'edge_connect'
+    edge_only = save_tiny(tmp_path/'run'/'weights.safetensors', nets=('edge',))
+    with pytest.raises(InputError, match="no network 'inpaint', only edge"): load_inpainter('edge_connect', edge_only.parent)
+    with pytest.raises(InputError, match="weights of 'shift_net'"): load_inpainter('edge_connect', save_tiny(tmp_path/'s.safetensors', method='shift_net'))
+    cut = tmp_path/'cut.safetensors'; cut.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match='cut.safetensors: not a readable'): load_inpainter('edge_connect', cut)
+    with pytest.raises(InputError, match='no such file'): load_inpainter('edge_connect', tmp_path/'none.safetensors')
+    (tmp_path/'EdgeModel_gen.pth').write_bytes(b'x')
+    with pytest.raises(InputError, match='inpaint import'): load_inpainter('edge_connect', tmp_path/'EdgeModel_gen.pth')
+    with pytest.raises(InputError, match='expected one of edge_connect'): load_inpainter('magic')
+
+
+def test_tensors_of_other_shapes_are_told(tmp_path):
+    G1, G2 = EdgeGenerator(width=1/16).state_dict(), InpaintGenerator(width=1/16).state_dict()
+    G2['decoder.7.bias'] = torch.zeros(5)
+    save_weights(tmp_path/'w.safetensors', dict(edge=G1, inpaint=G2), dict(method='edge_connect'))
+    with pytest.raises(InputError, match='do not fit InpaintGenerator.*decoder.7.bias') as e: load_inpainter('edge_connect', tmp_path/'w.safetensors')
+    assert '\n' not in str(e.value)
+
+
+def test_fp16_weights_and_what_the_inpainter_says_of_itself(tmp_path):
+    torch.manual_seed(0)
+    nets = dict(edge=EdgeGenerator(width=1/16).state_dict(), inpaint=InpaintGenerator(width=1/8).state_dict())
+    save_weights(tmp_path/'w.safetensors', nets, dict(method='edge_connect', deviations=['no VGG']), dtype=torch.float16)
+    inpainter = load_inpainter('edge_connect', tmp_path/'w.safetensors', 'cpu')       # widths come from the shapes
+    assert inpainter.deviations == ['no VGG'] and inpainter.source.endswith('w.safetensors') and inpainter.meta['method'] == 'edge_connect'
+    assert inpainter(BASE, HOLE).image.dtype == np.uint8
+
+
+def test_paste_and_colours_agree_about_grey():
+    flat = torch.full((3, H, W), 100/255)
+    assert (paste(BASE[..., 0], flat, HOLE)[HOLE] == 100).all()
+    assert (np.asarray(paste(Image.fromarray(BASE).convert('L'), flat, HOLE))[HOLE] == 100).all()
+    assert torch.equal(colours(BASE[..., 0]), colours(BASE[..., :1].repeat(3, 2)))
+
+
+def test_an_own_fill_needs_no_weights():
+    inpainter = Inpainter(lambda image, mask: dict(pred=torch.full_like(image, .5), mask=mask), multiple=64)
+    r = inpainter(BASE, HOLE)
+    assert (r.image[HOLE] == 128).all() and np.array_equal(r.views['mask'][0].numpy() > 0, HOLE)
+
+
+def test_methods_name_paper_and_command():
+    assert 'edge_connect' in METHODS and all(m.paper and (m.train or not m.nets) for m in METHODS.values())
+    assert [r[0] for r in inference.available()] == list(METHODS)

@@ -1,0 +1,217 @@
+"""02_data.masks: hole ratios that are exact, masks that can be drawn again, and wrong masks that are told"""
+import hashlib
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inpaint_lib.core import InputError, keyed_rng
+from inpaint_lib.data.masks import (
+    DRAWN_MASKS, FILE_MASKS, HOLE_BINS, MASK_KINDS, MaskFolder, MaskWarning, bin_of, block_mask, center_mask, check_mask,
+    free_form, half_mask, hole_ratio, load_mask, mask_sampler, sample_bin_mask, touches_border)
+
+
+def one_line(f, *args, **kw):
+    "The message of the InputError that `f` must raise"
+    with pytest.raises(InputError) as e: f(*args, **kw)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+def warned(f, *args, **kw):
+    "(result, texts of the MaskWarnings)"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always'); out = f(*args, **kw)
+    return out, [str(w.message) for w in told if issubclass(w.category, MaskWarning)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Three mask files of 48 x 64"
+    (tmp_path/'m').mkdir()
+    for i in range(3): Image.fromarray(free_form(keyed_rng(9, i), (48, 64))).save(tmp_path/'m'/f'{i}.png')
+    return tmp_path/'m'
+
+
+# ---- drawn
+
+@pytest.mark.parametrize('size', [32, 33, (24, 40), 64])
+@pytest.mark.parametrize('border', [None, True, False])
+@pytest.mark.parametrize('bin', range(6))
+def test_bins_are_exact(size, border, bin):
+    lo, hi = HOLE_BINS[bin]
+    seen = set()
+    for index in range(25):
+        m = sample_bin_mask(bin, index, size=size, border=border)
+        assert m.dtype == bool and m.shape == ((size, size) if isinstance(size, int) else size)
+        assert lo < m.sum()/m.size <= hi and bin_of(hole_ratio(m)) == bin
+        if border is not None: assert touches_border(m) == border
+        assert (m == sample_bin_mask(bin, index, size=size, border=border)).all()
+        seen.add(m.tobytes())
+    assert len(seen) == 25
+
+
+@pytest.mark.parametrize('size', [7, 8, 12])
+def test_bins_of_tiny_pictures(size):
+    for bin in range(6):
+        for border in None, True: assert bin_of(hole_ratio(sample_bin_mask(bin, 0, size=size, border=border))) == bin
+    assert bin_of(hole_ratio(sample_bin_mask(0, 0, size=size, border=False))) == 0
+    assert 'expected a larger picture' in one_line(sample_bin_mask, 5, 0, size=5, border=False)     # 9 of 25 pixels are inside
+
+
+def test_published_set_stays_the_same():
+    "An evaluation set is three integers: a change of the drawing code would change every published number"
+    digest = hashlib.sha256(b''.join(np.packbits(sample_bin_mask(b, i, size=s)).tobytes()
+                                     for b in range(6) for i in range(3) for s in (64, 256))).hexdigest()
+    assert digest[:16] == '13638704d14dfd92'
+
+
+def test_bins_use_every_integer_and_refuse_others():
+    a = sample_bin_mask(1, 2, size=32, seed=3)
+    for kw in dict(bin=1, index=3, seed=3), dict(bin=1, index=2, seed=4), dict(bin=2, index=2, seed=3):
+        assert (sample_bin_mask(kw['bin'], kw['index'], size=32, seed=kw['seed']) != a).any()
+    for bad in -1, 6, 1.5: assert 'expected 0 to 5' in one_line(sample_bin_mask, bad, 0, size=32)
+
+
+def test_blocks_and_halves():
+    m = center_mask((20, 30), (4, 6))
+    assert m.sum() == 24 and m[8:12, 12:18].all()
+    tops = {tuple(np.argwhere(block_mask(keyed_rng(0, i), 8, 6))[0]) for i in range(60)}
+    assert tops == {(y, x) for y in range(3) for x in range(3)}                        # every place, both ends included
+    for size in 8, 9: assert {int(half_mask(keyed_rng(0, i), size)[0].sum()) for i in range(20)} == {size//2}
+    for f, a in (center_mask, ()), (block_mask, (keyed_rng(0),)):
+        assert '9 x 9 in a picture of 8 x 8' in one_line(f, *a, 8, 9)
+
+
+def test_free_form_is_never_empty_or_full():
+    ratios = [hole_ratio(free_form(keyed_rng(0, i), 48)) for i in range(300)]
+    assert min(ratios) > 0 and max(ratios) < .8
+
+
+# ---- loaded
+
+def test_jpeg_edges_are_thresholded_with_a_warning(tmp_path):
+    hole = free_form(keyed_rng(0, 5), 128)
+    Image.fromarray(hole).convert('L').save(tmp_path/'m.jpg', quality=70)
+    m, told = warned(load_mask, tmp_path/'m.jpg')
+    assert m.dtype == bool and (m != hole).mean() < .01
+    assert len(told) == 1 and 'm.jpg' in told[0] and 'neither 0 nor 255' in told[0] and '128 and above' in told[0]
+    assert warned(load_mask, tmp_path/'m.jpg', quiet=True)[1] == []
+    assert (load_mask(tmp_path/'m.jpg', threshold=1, quiet=True) & ~hole).mean() > .05     # EdgeConnect's > 0
+
+
+def test_inverted_looking_mask_warns_with_its_ratio():
+    hole = center_mask(40)
+    assert warned(load_mask, hole)[1] == []
+    m, told = warned(load_mask, ~hole)
+    assert len(told) == 1 and 'hole ratio 0.75' in told[0] and 'inverted' in told[0]
+    m, told = warned(load_mask, ~hole, invert=True)
+    assert told == [] and (m == hole).all()
+
+
+def test_forms_of_a_mask(tmp_path):
+    hole = free_form(keyed_rng(0, 1), (20, 30))
+    u8 = hole.astype(np.uint8)*255
+    forms = [hole, u8, u8[..., None], u8[..., None].repeat(3, 2), hole.astype(float), hole.astype(np.int64), Image.fromarray(u8),
+             Image.fromarray(u8).convert('RGBA'), torch.tensor(hole), torch.tensor(hole).byte(), torch.tensor(hole)[None, None].float()]
+    for n, form in enumerate(forms): assert (load_mask(form) == hole).all(), n
+    for mode in '1', 'L', 'P', 'RGB', 'RGBA', 'LA', 'I;16':
+        Image.fromarray(u8 if mode != 'I;16' else u8.astype(np.uint16)*257).convert(mode).save(tmp_path/'m.png')
+        got, told = warned(load_mask, tmp_path/'m.png')
+        assert (got == hole).all() and told == [], mode
+    levels = np.array([[0, 127], [128, 255]], np.uint8)
+    assert load_mask(levels, quiet=True).tolist() == [[False, False], [True, True]]
+    assert 'expected bool, uint8' in one_line(load_mask, hole*2.) and '(2, 3, 4)' in one_line(load_mask, np.zeros((2, 3, 4)))
+    assert 'expected bool, uint8' in one_line(load_mask, np.full((4, 4), np.nan))
+
+
+def test_nearest_resize():
+    hole = np.kron(free_form(keyed_rng(0, 1), 16), np.ones((4, 4), bool))
+    assert (load_mask(hole, 16) == hole[::4, ::4]).all() and load_mask(hole, (8, 32)).shape == (8, 32)
+
+
+def test_a_mask_of_zeros_and_ones_as_a_file_is_told(tmp_path):
+    Image.fromarray(center_mask(20).astype(np.uint8)).save(tmp_path/'m.png')
+    m, told = warned(load_mask, tmp_path/'m.png')
+    assert not m.any() and 'levels 0 to 1' in told[0]
+    assert 'empty' in one_line(check_mask, m, name='m.png')
+
+
+def test_unreadable_mask(tmp_path):
+    (tmp_path/'m.png').write_bytes(b'nothing')
+    assert 'm.png' in one_line(load_mask, tmp_path/'m.png') and 'no such file' in one_line(load_mask, 'none.png')
+    assert 'no such folder' in one_line(MaskFolder, tmp_path/'none')
+    assert 'm.png' in one_line(MaskFolder, tmp_path)
+    (tmp_path/'m.png').unlink()
+    assert 'no image in it' in one_line(MaskFolder, tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['array', 'tensor'])
+def test_check_mask(kind):
+    as_kind = (lambda m: m) if kind == 'array' else (lambda m: torch.tensor(m)[None, None].float())
+    m = center_mask((8, 12))
+    good = as_kind(m)
+    assert check_mask(good, image_size=(8, 12)) is good
+    assert one_line(check_mask, good, image_size=(8, 8), name='m.png') == 'm.png is 12 x 8 pixels, the image 8 x 8; expected the same size'
+    assert 'm.png is empty' in one_line(check_mask, as_kind(m & False), name='m.png')
+    assert 'm.png is full' in one_line(check_mask, as_kind(m | True), name='m.png')
+    assert '0 to 0.5' in one_line(check_mask, as_kind(m*.5))
+
+
+# ---- folders and kinds
+
+def test_folder_in_order_and_augmented(folder):
+    files = [load_mask(folder/f'{i}.png') for i in range(3)]
+    in_order = mask_sampler('files', folder=folder)
+    assert all((in_order(None, i, (48, 64)) == files[i % 3]).all() for i in range(7))
+    plain = MaskFolder(folder, flip_x=False, flip_y=False, shift=0)
+    assert all(any((plain(keyed_rng(i), i, (48, 64)) == f).all() for f in files) for i in range(10))
+    flipped = MaskFolder(folder, flip_y=False, shift=0)
+    draws = [flipped(keyed_rng(i), i, (48, 64)) for i in range(40)]
+    assert all(any((d == f).all() or (d == f[:, ::-1]).all() for f in files) for d in draws)
+    assert len({d.tobytes() for d in draws}) == 6
+    assert len({MaskFolder(folder)(keyed_rng(i), i, 32).tobytes() for i in range(40)}) > 30
+
+
+def test_a_shift_never_empties(tmp_path):
+    m = np.zeros((32, 32), bool); m[0, 0] = True
+    Image.fromarray(m).save(tmp_path/'m.png')
+    f = MaskFolder(tmp_path)
+    assert all(f(keyed_rng(i), i, 32).any() for i in range(60))
+
+
+def test_a_folder_of_inverted_masks_is_told_once(tmp_path):
+    for i in range(2): Image.fromarray(~center_mask(20)).save(tmp_path/f'{i}.png')
+    f, told = warned(MaskFolder, tmp_path)
+    assert len(told) == 1 and 'mean hole ratio 0.75' in told[0] and warned(f, keyed_rng(0), 0, 20)[1] == []
+    assert warned(MaskFolder, tmp_path, invert=True)[1] == []
+
+
+@pytest.mark.parametrize('kind', MASK_KINDS)
+def test_every_kind(kind, folder):
+    f = mask_sampler(kind, folder=folder if kind in FILE_MASKS else None, **({'bin': 2} if kind == 'bin' else {}))
+    f2 = pickle.loads(pickle.dumps(f))                                    # for loader processes that are spawned
+    for i in range(8):
+        m = f(keyed_rng(0, 0, i, 'mask'), i, 40)
+        assert m.dtype == bool and m.shape == (40, 40) and 0 < m.mean() < 1
+        assert (m == f2(keyed_rng(0, 0, i, 'mask'), i, 40)).all()
+
+
+def test_mixtures(folder):
+    ratios = lambda kind: np.array([hole_ratio(mask_sampler(kind, folder=folder)(keyed_rng(0, i), i, 16)) for i in range(300)])
+    four, five = ratios('edge_connect4'), ratios('edge_connect5')
+    assert abs((four == .25).mean() - 1/2) < .09 and (four == .5).sum() == 0
+    assert abs((five == .25).mean() - 1/3) < .09 and abs((five == .5).mean() - 1/3) < .09
+
+
+def test_kinds_refuse(folder):
+    m = one_line(mask_sampler, 'freeform')
+    assert all(k in m for k in MASK_KINDS) and set(MASK_KINDS) == set(DRAWN_MASKS) | set(FILE_MASKS)
+    for kind in FILE_MASKS: assert 'come from files' in one_line(mask_sampler, kind)
+    assert 'hloe' in one_line(mask_sampler, 'block', hloe=3) and 'shfit' in one_line(mask_sampler, 'irregular', folder=folder, shfit=0)
+    assert "'bin'" in one_line(mask_sampler, 'bin')
+    assert 'thresh' in one_line(mask_sampler, 'edge_connect4', folder=folder, thresh=0)
+    assert 'no hole-ratio bin 9' in one_line(mask_sampler('bin', bin=9), keyed_rng(0), 0, 32)

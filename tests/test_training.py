@@ -1,0 +1,157 @@
+"""Runs that are interrupted: mid-epoch, with workers, killed at any moment, refused when they would go on wrongly."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from inpaint_lib import recipes, training
+from inpaint_lib.core import InputError
+from inpaint_lib.data import images, masks
+
+ROOT = Path(__file__).resolve().parent.parent
+EDGE = dict(name='edge_connect.edge', config=dict(width=.05))
+INPAINT = dict(name='edge_connect.inpaint', config=dict(width=.05, vgg_weights='none'))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Same number of threads in every run that is compared; restored afterwards"
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def go(folder, steps, *, name, config, workers=0, **run):
+    recipe, c, _ = recipes.build(name, 'tiny', config=config,
+                                 run=dict(steps=steps, batch_size=3, device='cpu', workers=workers, save_every=5, ema=.9, **run))
+    data = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
+    return training.train(recipe, data, c, folder, progress=False)
+
+
+def state(folder):
+    s = training.read_checkpoint(folder/'checkpoint.pt')
+    return {f'{n}.{k}': v for n in ('G', 'D', 'ema') for k, v in s[n].items()}
+
+
+def log(folder): return [{k: v for k, v in json.loads(line).items() if not k.endswith('_s')} for line in open(folder/'log.jsonl')]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('stage', [EDGE, INPAINT], ids=['edge', 'inpaint'])
+def test_ten_and_ten_steps_are_twenty(stage, workers, tmp_path):
+    "Batches of 3 from 4 photographs: step 10 is in the middle of an epoch"
+    go(tmp_path/'whole', 20, **stage)
+    go(tmp_path/'parts', 10, workers=workers, **stage)
+    go(tmp_path/'parts', 20, workers=workers, **stage)
+    a, b = state(tmp_path/'whole'), state(tmp_path/'parts')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert log(tmp_path/'whole') == log(tmp_path/'parts') and len(log(tmp_path/'parts')) == 20
+
+
+def test_killed_at_random_moments_loses_nothing(tmp_path):
+    "kill -9 five times; what is left always loads, and the end equals the uninterrupted run"
+    whole, pieces = tmp_path/'whole', tmp_path/'pieces'
+    code = ("import sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(1)\n"
+            "from test_training import *\n"
+            "go(Path(sys.argv[1]), 60, **EDGE)")
+    start = lambda folder: subprocess.Popen([sys.executable, '-c', code, folder], cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    rng, kills = random.Random(0), 0
+    assert start(whole).wait() == 0
+    while kills < 5:
+        p = start(pieces)
+        while not (pieces/'log.jsonl').exists(): time.sleep(.05)
+        size = (pieces/'log.jsonl').stat().st_size
+        while p.poll() is None and (pieces/'log.jsonl').stat().st_size == size: time.sleep(.01)
+        time.sleep(rng.uniform(0, .3))
+        if p.poll() is not None: break
+        p.send_signal(signal.SIGKILL); p.wait(); kills += 1
+        if (pieces/'checkpoint.pt').exists(): training.read_checkpoint(pieces/'checkpoint.pt')
+    assert kills >= 2, 'the run ended before it could be interrupted twice'
+    assert start(pieces).wait() == 0
+    a, b = state(whole), state(pieces)
+    assert all(torch.equal(a[k], b[k]) for k in a) and log(whole) == log(pieces)
+
+
+def refused(says, f, *args, **kw):
+    with pytest.raises(InputError, match=says) as e: f(*args, **kw)
+    assert '\n' not in str(e.value)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    go(tmp_path, 5, **EDGE)
+    refused("recipe 'edge_connect.edge', expected 'edge_connect.inpaint'", go, tmp_path, 6, **INPAINT)
+    refused('config width was 0.05, now 0.1', go, tmp_path, 6, name=EDGE['name'], config=dict(width=.1))
+    refused('run seed was 0, now 1', go, tmp_path, 6, seed=1, **EDGE)
+    path = tmp_path/'checkpoint.pt'
+    whole = torch.load(path, weights_only=True)
+    torch.save(whole | dict(format=99), path)
+    refused('checkpoint format 99, expected 1', go, tmp_path, 6, **EDGE)
+    torch.save(whole, path); path.write_bytes(path.read_bytes()[:-5000])
+    refused('not a whole checkpoint', go, tmp_path, 6, **EDGE)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    recipe, c, _ = recipes.build(preset='tiny', run=dict(steps=20, batch_size=2, device='cpu', save_every=2), **INPAINT)
+    terms = recipe.g_terms
+    recipe.g_terms = lambda batch, out: terms(batch, out) | (dict(style=out['pred'].sum()*float('inf')) if recipe.step == 5 else {})
+    data = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
+    refused("step 5: loss term 'style' is", training.train, recipe, data, c, tmp_path, progress=False)
+    assert training.read_checkpoint(tmp_path/'checkpoint.pt')['step'] == 4
+    assert not (tmp_path/'weights.safetensors').exists()
+
+
+def test_unreadable_files_are_skipped_counted_and_named(tmp_path, capsys):
+    from PIL import Image
+    folder = tmp_path/'photos'; folder.mkdir()
+    for n in range(3): Image.fromarray(images.builtin_photograph('coffee')[:64, n*64:n*64+64]).save(folder/f'{n}.png')
+    (folder/'cut.png').write_bytes((folder/'0.png').read_bytes()[:500])
+    recipe, c, _ = recipes.build(preset='tiny', run=dict(steps=6, batch_size=4, device='cpu'), **EDGE)
+    data = images.PhotoDataset(images.open_source(folder), 24, masks.mask_sampler('bins'))
+    result = training.train(recipe, data, c, tmp_path/'run', progress=False)
+    assert len(result.skipped) == 1 and 'cut.png' in result.skipped[0]
+    assert '1 unreadable files were skipped' in capsys.readouterr().out
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['skipped'] == result.skipped
+
+
+def test_resume_never_refuses_to_overwrite(tmp_path):
+    go(tmp_path, 5, **EDGE)
+    recipe, c, _ = recipes.build(preset='tiny', **EDGE)
+    refused('already holds a checkpoint', training.train, recipe, None, c, tmp_path, resume='never')
+
+
+def test_bf16_trains(tmp_path):
+    result = go(tmp_path, 6, precision='bf16', **INPAINT)
+    assert all(torch.isfinite(torch.tensor(r['g_total'])) for r in result.records)
+    assert all(p.dtype == torch.float32 for p in result.recipe.parameters())        # float32 master weights
+
+
+@pytest.mark.parametrize('bad, says', [(dict(precision='fp16'), "expected 'fp32' or 'bf16'"), (dict(steps=0), 'steps is 0'),
+                                       (dict(batch_size=3, accumulate=2), 'does not divide')])
+def test_bad_run_numbers(bad, says, tmp_path):
+    def attempt():
+        recipe, c, _ = recipes.build(preset='tiny', run=dict(dict(steps=2, batch_size=2, device='cpu'), **bad), **EDGE)
+        training.train(recipe, images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins')), c, tmp_path, progress=False)
+    refused(says, attempt)
+
+
+def test_paper_preset_refuses_to_run_without_vgg():
+    refused("preset 'paper' needs VGG", recipes.build, 'edge_connect.inpaint', 'paper', config=dict(vgg_weights='none'))
+
+
+def test_partial_vgg_file_names_the_missing_layer(tmp_path):
+    "A file that ends at conv1_2 gives relu1_1; the losses can be shortened to it, on purpose"
+    from safetensors.torch import save_file
+    shapes = {'features.0': (64, 3), 'features.2': (64, 64)}
+    save_file({f'{k}.{p}': torch.randn((o, i, 3, 3) if p == 'weight' else (o,))*.1 for k, (o, i) in shapes.items() for p in ('weight', 'bias')},
+              tmp_path/'vgg.safetensors')
+    with_file = dict(config=dict(width=.05, vgg_weights=str(tmp_path/'vgg.safetensors')), name='edge_connect.inpaint')
+    refused('vgg.safetensors', recipes.build, **with_file)
+    recipe, *_ = recipes.build(vgg_layers='relu1_1', **with_file)
+    assert tuple(recipe.config.content_layers) == ('relu1_1',) and not recipe.config.style_layers
