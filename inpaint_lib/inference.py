@@ -134,7 +134,7 @@ def padded(x:Tensor,         # (B,C,H,W)
     if not (ph or pw): return x
     return F.pad(x, (0, pw, 0, ph), mode='reflect' if ph < h and pw < w else 'replicate')
 
-# %% ../nbs/31_inference.ipynb #9a89a4e5
+# %% ../nbs/31_inference.ipynb #2d748c75
 def read_mask(mask,        # path, PIL, bool or uint8 (H,W), or a tensor of 0 and 1 (H,W), (1,H,W), (B,1,H,W)
               shape,       # (B, H, W) of the image
              )->Tensor:    # (B,1,H,W) bool, True = hole
@@ -142,7 +142,10 @@ def read_mask(mask,        # path, PIL, bool or uint8 (H,W), or a tensor of 0 an
     name, (B, H, W) = str(mask) if isinstance(mask, (str, Path)) else 'mask', shape
     parts = list(mask.reshape(-1, *mask.shape[-2:])) if isinstance(mask, Tensor) and mask.ndim > 2 else [mask]
     if len(parts) not in (1, B): raise InputError(f'{len(parts)} masks for {B} images; expected {B} or one')
-    holes = [check_mask(load_mask(part), image_size=(H, W), name=name) for part in parts]
+    with warnings.catch_warnings(record=True) as told:            # what is wrong is said before what looks odd
+        warnings.simplefilter('always')
+        holes = [check_mask(load_mask(part), image_size=(H, W), name=name) for part in parts]
+    for t in told: warnings.warn(t.message, stacklevel=3)
     return torch.stack([torch.from_numpy(np.ascontiguousarray(h, dtype=bool)) for h in holes])[:, None].expand(B, 1, H, W)
 
 # %% ../nbs/31_inference.ipynb #fab78b4a

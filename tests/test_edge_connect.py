@@ -350,8 +350,16 @@ def test_other_types_come_out_in_the_image_type(dtype):
     assert all(v.dtype == dtype for v in out.values())
 
 
-def test_autocast_keeps_known_pixels():
-    recipe, batch = recipes()['joint'], tiny_batch(dtype=torch.float32)
-    with torch.autocast('cpu', torch.bfloat16): out = recipe(batch)
-    known = (batch['mask'] == 0).expand_as(batch['image'])
-    assert out['comp'].dtype == torch.float32 and torch.equal(out['comp'][known], batch['image'][known])
+@pytest.mark.parametrize('stage', ['edge', 'canny', 'hallucinated', 'joint'])
+def test_autocast(stage):
+    "bf16: terms near those of fp32, known pixels untouched"
+    recipe, batch, terms = recipes()[stage], tiny_batch(dtype=torch.float32), []
+    for _ in range(5): recipe.train()(batch), recipe.D(torch.rand(1, recipe.D.conv1[0].in_channels, 32, 32))
+    recipe.eval()
+    for on in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=on):
+            out = recipe(batch); terms.append(recipe.d_terms(batch, out) | recipe.g_terms(batch, out))
+    known = (batch['mask'] == 0).expand_as(out['comp'])
+    truth = batch['edge'] if stage == 'edge' else batch['image']
+    assert out['comp'].dtype == torch.float32 and torch.equal(out['comp'][known], truth[known])
+    for k, v in terms[0].items(): assert terms[1][k].item() == pytest.approx(v.item(), rel=.05)

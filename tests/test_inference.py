@@ -2,6 +2,7 @@
 import dataclasses
 import os
 import time
+import warnings
 
 import cv2
 import numpy as np
@@ -87,6 +88,8 @@ def test_compressed_tiff_is_not_compressed_again(inpaint, tmp_path):
     before = np.asarray(open_stored(tmp_path/'in.tif'))
     save_result(inpaint(tmp_path/'in.tif', HOLE), tmp_path/'out.tif')
     assert (np.asarray(open_stored(tmp_path/'out.tif'))[~HOLE] == before[~HOLE]).all()
+    save_result(Image.open(tmp_path/'in.tif'), tmp_path/'again.tif')          # it still says 'jpeg' of itself
+    assert np.array_equal(np.asarray(open_stored(tmp_path/'again.tif')), before)
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -200,13 +203,20 @@ def test_grey_files_as_masks_and_pictures(inpaint, tmp_path):
     (None, HOLE, 'image of type NoneType'),
     (BASE, HOLE[:-1], f'{W} x {H - 1} pixels'),
     (BASE, np.zeros((H, W), bool), 'empty'),
-    pytest.param(BASE, np.ones((H, W), bool), 'full', marks=pytest.mark.filterwarnings('ignore:mask')),
+    (BASE, np.ones((H, W), bool), 'full'),
     ('nowhere.png', HOLE, 'nowhere.png: no such file'),
     (BASE, 'nowhere.png', 'nowhere.png: no such file'),
 ])
 def test_bad_pictures_and_masks(image, mask, message, inpaint):
-    with pytest.raises(InputError, match=message) as e: inpaint(image, mask)
+    with pytest.raises(InputError, match=message) as e, warnings.catch_warnings():
+        warnings.simplefilter('error')                       # one message, not a warning and then an error
+        inpaint(image, mask)
     assert '\n' not in str(e.value)
+
+
+def test_a_mask_that_looks_inverted_is_a_warning(inpaint):
+    with pytest.warns(UserWarning, match='looks inverted') as told: inpaint(BASE, ~HOLE)
+    assert len(told) == 1
 
 
 def test_files_that_are_no_pictures(inpaint, tmp_path):

@@ -143,12 +143,13 @@ def test_names_are_the_documented_ones():
 
 
 class Evil:
-    def __reduce__(self): return eval, ("open('/tmp/inpaint_lib_evil','w')",)
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return open, (self.path, 'w')
 
 
 def test_pickles_that_want_to_run_code_and_damaged_ones(tmp_path):
-    torch.save({'generator': Evil()}, tmp_path/'evil.pth')
-    (tmp_path/'raw.pth').write_bytes(pickle.dumps(Evil()))
+    torch.save({'generator': Evil(tmp_path/'ran')}, tmp_path/'evil.pth')
+    (tmp_path/'raw.pth').write_bytes(pickle.dumps(Evil(tmp_path/'ran')))
     torch.save({'generator': torch.ones(999)}, tmp_path/'cut.pth')
     (tmp_path/'cut.pth').write_bytes((tmp_path/'cut.pth').read_bytes()[:900])
     (tmp_path/'empty.pth').write_bytes(b''); (tmp_path/'text.pth').write_text('hello, world')
@@ -157,7 +158,7 @@ def test_pickles_that_want_to_run_code_and_damaged_ones(tmp_path):
     for name, message in expected.items():
         with pytest.raises(InputError, match=message) as e: load_pickle(tmp_path/f'{name}.pth')
         assert '\n' not in str(e.value) and f'{name}.pth' in str(e.value)
-    assert not Path('/tmp/inpaint_lib_evil').exists()
+    assert not (tmp_path/'ran').exists()
 
 
 def test_two_official_files_into_one_of_ours(tmp_path):

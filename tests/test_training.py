@@ -88,7 +88,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     go(tmp_path, 5, **EDGE)
     refused("recipe 'edge_connect.edge', expected 'edge_connect.inpaint'", go, tmp_path, 6, **INPAINT)
     refused('config width was 0.05, now 0.1', go, tmp_path, 6, name=EDGE['name'], config=dict(width=.1))
-    refused('run seed was 0, now 1', go, tmp_path, 6, seed=1, **EDGE)
+    refused('seed was 0, now 1', go, tmp_path, 6, seed=1, **EDGE)
     path = tmp_path/'checkpoint.pt'
     whole = torch.load(path, weights_only=True)
     torch.save(whole | dict(format=99), path)

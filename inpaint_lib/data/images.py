@@ -281,4 +281,4 @@ def loader(dataset, sampler,  # a data set, and batches of its keys (`EndlessSam
     "Batches in the sampler's order, made by `workers` processes. torch's global random state is left alone"
     own = torch.Generator().manual_seed(0)
     return PhotoLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=own,
-                       persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+                       pin_memory=torch.cuda.is_available())

@@ -1,0 +1,81 @@
+"""The papermill notebooks as a scheduler runs them: subprocesses, parameters by name, exit codes."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def papermill(stem, out, **parameters):
+    "-> (exit code, stderr, executed notebook)"
+    target = out/f'{stem}.ipynb'
+    command = [sys.executable, '-m', 'papermill', '--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
+    for k, v in parameters.items(): command += ['-p', k, str(v)]
+    r = subprocess.run(list(map(str, command)), cwd=out, capture_output=True, text=True,
+                       env=dict(os.environ, MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS='2'))
+    return r.returncode, r.stderr, target
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A folder with a smoke run of the image stage (from true edges) and of the edge stage"
+    out = tmp_path_factory.mktemp('runs')
+    for name in ('edge', 'inpaint'):
+        code, err, target = papermill('40_train', out, recipe=f'edge_connect.{name}', steps=4, vgg_weights='none', options='width=0.05',
+                                      out_dir=out/name)
+        assert code == 0, err
+        target.rename(out/name/'40_train.ipynb')
+    return out
+
+
+def test_train_leaves_everything(trained):
+    for name in ('edge', 'inpaint'):
+        left = {p.name for p in (trained/name).iterdir()}
+        assert {'40_train.ipynb', 'checkpoint.pt', 'weights.safetensors', 'log.jsonl', 'run.json', 'curves.png', 'samples.png'} <= left
+    run = json.loads((trained/'inpaint'/'run.json').read_text())
+    assert run['deviations'] and 'VGG' in run['deviations'][0].upper() and run['config']['vgg_weights'] == 'none'
+    executed = nbformat.read(trained/'inpaint'/'40_train.ipynb', as_version=4)
+    assert 'DEVIATION' in ''.join(str(c.get('outputs', '')) for c in executed.cells)
+    assert len((trained/'inpaint'/'log.jsonl').read_text().splitlines()) == 4
+
+
+def test_joint_stage_takes_both_then_evaluation(trained, tmp_path):
+    nets = f"edge={trained/'edge'},inpaint={trained/'inpaint'}"
+    code, err, _ = papermill('40_train', tmp_path, recipe='edge_connect.joint', steps=3, vgg_weights='none', options='width=0.05',
+                             checkpoints=nets, out_dir=tmp_path/'joint')
+    assert code == 0, err
+    code, err, target = papermill('41_evaluate', tmp_path, checkpoint=tmp_path/'joint'/'weights.safetensors', size=48, per_bin=2,
+                                  out_dir=tmp_path/'eval')
+    assert code == 0, err
+    report = json.loads((tmp_path/'eval'/'metrics.json').read_text())
+    assert report['metrics']['all']['l1']['n'] == 12 and len(report['metrics']) == 7            # six bins and all
+    for s in report['metrics'].values(): assert s['psnr']['lo'] <= s['psnr']['mean'] <= s['psnr']['hi']
+    assert report['deviations'] and (tmp_path/'eval'/'rows.png').stat().st_size > 10_000
+
+
+def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
+    import shutil
+    shutil.copytree(trained/'edge', tmp_path/'edge')
+    code, err, target = papermill('40_train', tmp_path, recipe='edge_connect.edge', steps=6, options='width=0.05', out_dir=tmp_path/'edge')
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path/'edge'/'log.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in lines] == [1, 2, 3, 4, 5, 6]
+    before = (trained/'edge'/'log.jsonl').read_text().splitlines()
+    assert (tmp_path/'edge'/'log.jsonl').read_text().splitlines()[:4] == before                 # not trained again
+
+
+@pytest.mark.parametrize('stem, bad, says', [
+    ('40_train', dict(step=5), "parameter 'step' is unknown; did you mean 'steps'?"),
+    ('40_train', dict(steps='many'), "parameter 'steps' is 'many' (str); expected int"),
+    ('40_train', dict(recipe='edge_connect.joint', vgg_weights='none'), "needs the network 'edge'"),
+    ('41_evaluate', dict(methods='edge_connect'), "parameter 'methods' is unknown; did you mean 'method'?"),
+])
+def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, tmp_path):
+    code, err, _ = papermill(stem, tmp_path, **bad)
+    assert code == 1
+    assert says in err, err[-1500:]
