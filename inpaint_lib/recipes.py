@@ -34,10 +34,10 @@ class Stage:
     takes:tuple = ()       # networks that may be given to start from
     vgg:bool = False       # does a loss of this stage look at VGG features?
 
-# %% ../nbs/30_recipes.ipynb #904674f0
+# %% ../nbs/30_recipes.ipynb #572084f9
 _LONG = dict(steps=1_000_000, batch_size=8, plateau_every=1000, plateau_patience=20, save_every=1000, picture_every=1000, workers=4)
 _SHORT = dict(steps=400, batch_size=8, save_every=100, picture_every=100, ema=.99)
-_TINY = dict(config=dict(width=.25, lr=1e-3), run=_SHORT, data=dict(size=64))
+_TINY = dict(config=dict(width=.25, lr=3e-4), run=_SHORT, data=dict(size=64))
 
 def _ec_inpaint(edges):
     def make(config, nets, vgg):
@@ -61,7 +61,7 @@ def _ec_joint(config, nets, vgg):
     for name, G in recipe.generators().items(): load_net(G, nets[name])
     return recipe
 
-# %% ../nbs/30_recipes.ipynb #c219a310
+# %% ../nbs/30_recipes.ipynb #2bd5ccc6
 _EC = 'Nazeri et al. 2019, arXiv 1901.00212'
 _change = lambda preset, **config: {**preset, 'config': {**preset.get('config', {}), **config}}
 _ecp = dict(paper=dict(run=_LONG), tiny=_TINY)
@@ -72,7 +72,7 @@ RECIPES = {
     'edge_connect.inpaint_hallucinated': Stage(_ec_inpaint('hallucinated'), _EC + ', sec. 3.2', ec.EdgeConnectConfig, _ecp,
                                                needs=('edge',), takes=('inpaint',), vgg=True),
     'edge_connect.joint': Stage(_ec_joint, _EC + ', sec. 4.2', ec.EdgeConnectConfig,
-                                {'paper': _change(_ecp['paper'], lr=1e-6), 'tiny': _change(_TINY, lr=1e-4)},
+                                {'paper': _change(_ecp['paper'], lr=1e-6), 'tiny': _change(_TINY, lr=3e-5)},
                                 needs=('edge', 'inpaint'), vgg=True),
 }
 

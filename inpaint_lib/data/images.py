@@ -268,7 +268,7 @@ def one_pass(n:int, batch_size:int)->list:  # of lists of keys
     "Batches of keys that visit each of `n` pictures once, in order, at epoch 0: for evaluation"
     return [[(0, i) for i in range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]
 
-# %% ../../nbs/01_data.images.ipynb #84de6641
+# %% ../../nbs/01_data.images.ipynb #e216938e
 class PhotoLoader(DataLoader):
     "A DataLoader that passes on an `InputError` from a loader process as its one line"
     def __iter__(self):
