@@ -7,7 +7,7 @@ BIN := .venv/bin
 NB := $(sort $(wildcard nbs/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks export check lab clean docs
+.PHONY: help setup demo test notebooks figures export check lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,12 @@ test: setup  ## every notebook (nbdev_test) and every test (pytest), with the te
 notebooks: setup  ## execute the notebooks in place, so that readers see results (N=nbs/25_x.ipynb for one)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) tests/execute_notebooks.py $(or $(N),$(NB))
 	@$(BIN)/nbdev_clean
+
+figures: setup  ## write figures/edge_connect.png from the committed weights and the held-out photograph
+	@mkdir -p runs/figures
+	MPLBACKEND=module://matplotlib_inline.backend_inline $(PY) -m papermill --cwd nbs --no-progress-bar --log-level ERROR \
+	  nbs/41_evaluate.ipynb runs/figures/41_evaluate.ipynb -p out_dir runs/figures -p size 128 -p per_bin 1 -p seed 3
+	cp runs/figures/rows.png figures/edge_connect.png
 
 export: setup  ## write inpaint_lib/ from the notebooks
 	$(BIN)/nbdev_export

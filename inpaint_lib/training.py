@@ -7,8 +7,8 @@ __all__ = ['FORMAT', 'FREE', 'Recipe', 'TrainConfig', 'frozen', 'Updater', 'd_pa
            'follow', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'save_weights', 'load_weights',
            'TrainResult', 'train', 'averaged', 'sample_rows', 'device_name']
 
-# %% ../nbs/14_training.ipynb #7aaa896b
-import abc, contextlib, dataclasses, json, pickle, sys, time
+# %% ../nbs/14_training.ipynb #31695e6c
+import abc, contextlib, dataclasses, json, pickle, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -67,10 +67,12 @@ class TrainConfig:
         for k in ('steps', 'batch_size', 'accumulate', 'save_every', 'log_every'):
             if getattr(self, k) < 1: raise InputError(f'{k} is {getattr(self, k)}; expected 1 or more')
 
-# %% ../nbs/14_training.ipynb #d145970b
+# %% ../nbs/14_training.ipynb #61bb672d
 def _engine(config):
     "accelerate's Accelerator for this run (its state is a process-wide singleton: reset when nothing runs in parallel)"
-    from accelerate import Accelerator
+    with warnings.catch_warnings():      # accelerate loads tqdm's widget, which complains where ipywidgets is not installed
+        warnings.filterwarnings('ignore', message='IProgress not found')
+        from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not parallel)
@@ -332,7 +334,7 @@ def train(recipe:Recipe,       # what to train
     if skipped and main: print(f'{len(skipped)} unreadable files were skipped, the first: {sorted(skipped)[0]}')
     return TrainResult(log.records, recipe, seconds, sorted(skipped), weights)
 
-# %% ../nbs/14_training.ipynb #83d5c0a4
+# %% ../nbs/14_training.ipynb #5ca7310a
 def _steps(up, dataset, skipped, progress):
     "Make the updates that are left; yields one record per step"
     from tqdm import tqdm
@@ -342,7 +344,8 @@ def _steps(up, dataset, skipped, progress):
         t0 = time.perf_counter(); draws, bad = next(stream); t1 = time.perf_counter()
         skipped.update(dict.fromkeys(bad))
         values = up.update(draws)
-        record = dict(step=up.step, lr=up.opt_G.param_groups[0]['lr'], **{k: _number(v) for k, v in values.items()},
+        notes = dict(deviations=list(up.recipe.deviations)) if up.step == 1 and up.recipe.deviations else {}
+        record = dict(notes, step=up.step, lr=up.opt_G.param_groups[0]['lr'], **{k: _number(v) for k, v in values.items()},
                       data_s=round(t1 - t0, 4), step_s=round(time.perf_counter() - t1, 4))
         bar.update(); bar.set_postfix_str(f"G {values['g_total']:.3f}", refresh=False)
         yield record
@@ -351,14 +354,15 @@ def _steps(up, dataset, skipped, progress):
 # %% ../nbs/14_training.ipynb #b0ee8eab
 def _number(v): return float(f'{float(v):.7g}') if abs(float(v)) < float('inf') else None   # JSON has no NaN
 
-# %% ../nbs/14_training.ipynb #74daf9be
+# %% ../nbs/14_training.ipynb #176cafda
 def _keep(up, path, samples):
     "Checkpoint and sample rows, when due"
     c, last = up.config, up.step == up.config.steps
     if up.step % c.save_every == 0 or last: save_checkpoint(up, path)
     if samples is not None and (last or c.picture_every and up.step % c.picture_every == 0):
         from inpaint_lib.viz import image_rows, save_figure
-        save_figure(image_rows(sample_rows(up, samples)), path.parent/'samples'/f'step_{up.step:07d}.png')
+        figure = image_rows(sample_rows(up, samples), suptitle='; '.join(up.recipe.deviations) or None)
+        save_figure(figure, path.parent/'samples'/f'step_{up.step:07d}.png')
 
 # %% ../nbs/14_training.ipynb #9ba68667
 @contextlib.contextmanager
