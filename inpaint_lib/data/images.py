@@ -268,12 +268,14 @@ def one_pass(n:int, batch_size:int)->list:  # of lists of keys
     "Batches of keys that visit each of `n` pictures once, in order, at epoch 0: for evaluation"
     return [[(0, i) for i in range(a, min(a + batch_size, n))] for a in range(0, n, batch_size)]
 
-# %% ../../nbs/01_data.images.ipynb #e216938e
+# %% ../../nbs/01_data.images.ipynb #a9d7da00
 class PhotoLoader(DataLoader):
     "A DataLoader that passes on an `InputError` from a loader process as its one line"
     def __iter__(self):
-        try: yield from super().__iter__()
+        batches = super().__iter__()
+        try: yield from batches
         except InputError as e: raise InputError(str(e).rsplit('InputError: ', 1)[-1].strip()) from None
+        finally: getattr(batches, '_shutdown_workers', lambda: None)()     # now, not at some garbage collection
 
 def loader(dataset, sampler,  # a data set, and batches of its keys (`EndlessSampler`, `one_pass`)
            workers:int=0,     # loader processes; the batches are the same for any number
