@@ -1,5 +1,3 @@
-# Two threads per process and sleeping, not spinning, workers: see CONTRIBUTING.md, "Threads".
-export OMP_WAIT_POLICY = passive
 export MPLBACKEND = Agg
 SHELL := /bin/bash
 PY := .venv/bin/python

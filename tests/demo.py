@@ -14,9 +14,9 @@ OUT = ROOT/'runs'/'demo'
 COMMON = dict(preset='tiny', vgg_weights='none', data_dir='builtin')
 EDGE, INPAINT, JOINT = (f'runs/demo/{k}' for k in ('edge', 'inpaint', 'joint'))
 STAGES = [  # notebook, folder, parameters
-    ('40_train', 'edge', dict(COMMON, recipe='edge_connect.edge', steps=700)),
-    ('40_train', 'inpaint', dict(COMMON, recipe='edge_connect.inpaint', steps=800)),
-    ('40_train', 'joint', dict(COMMON, recipe='edge_connect.joint', steps=150, checkpoints=f'edge={EDGE},inpaint={INPAINT}')),
+    ('40_train', 'edge', dict(COMMON, recipe='edge_connect.edge', steps=500)),
+    ('40_train', 'inpaint', dict(COMMON, recipe='edge_connect.inpaint', steps=500)),
+    ('40_train', 'joint', dict(COMMON, recipe='edge_connect.joint', steps=100, checkpoints=f'edge={EDGE},inpaint={INPAINT}')),
     ('41_evaluate', 'evaluate', dict(method='edge_connect', checkpoint=f'{JOINT}/weights.safetensors', data_dir='builtin',
                                      size=64, per_bin=8, batch_size=8)),
 ]
