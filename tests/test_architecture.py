@@ -75,7 +75,7 @@ def test_notebook_reads_well(path):
     assert statistics.median(lines) <= 8
     assert .5 <= len(text)/len(code) <= 2, f'{len(text)} text cells to {len(code)} code cells'
     assert not re.search(r'^\s*from \S+ import \*', '\n'.join(code), re.M)
-    assert sum('assert' in c or 'must_fail' in c or 'refusal(' in c for c in code) >= (.7*sum(c.startswith('#| export') for c in code) - 1)
+    assert sum('assert' in c or 'must_fail' in c or 'refusal(' in c for c in code) >= (.5*sum(c.startswith('#| export') for c in code) - 1)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)

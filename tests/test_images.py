@@ -1,7 +1,6 @@
 """01_data.images: bad files, exact bytes, and batches that do not depend on who loads them"""
 import os
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
