@@ -39,7 +39,7 @@ export: setup  ## write inpaint_lib/ from the notebooks
 	$(BIN)/nbdev_export
 
 check: setup  ## is the library in step with the notebooks, are the notebooks clean, does the style hold?
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/in_step
+	$(PY) tests/in_step.py
 	$(BIN)/ruff check nbs tests
 
 lab: setup  ## open the notebooks in JupyterLab

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOSSLESS', 'LOSSY', 'METHODS', 'upright', 'open_stored', 'settle', 'colours', 'paste_samples', 'paste', 'padded',
            'read_mask', 'run_fill', 'Result', 'Inpainter', 'check_suffix', 'save_result', 'edge_connect', 'Method',
-           'lacks', 'weights_method', 'find_weights', 'available', 'load_inpainter']
+           'check_options', 'header', 'lacks', 'weights_method', 'weights_stage', 'find_weights', 'available',
+           'load_inpainter']
 
 # %% ../nbs/31_inference.ipynb #a44f55b0
 import dataclasses, json, math, re, warnings
@@ -47,6 +48,8 @@ def open_stored(path):  # an image file
     if not Path(path).is_file(): raise InputError(f'{path}: no such file; expected an image file')
     try:
         with Image.open(path) as im:
+            if (frames := getattr(im, 'n_frames', 1)) > 1 and im.format != 'MPO':       # MPO: a JPEG with a preview
+                warnings.warn(f'{path}: {frames} frames or pages; only the first is used', stacklevel=2)
             deep = im.mode in ('RGB', 'RGBA', 'LA') and ';16' in str([t.args for t in im.tile])
             if deep: return _deep_colour(path, im.getexif().get(0x0112, 1))
             im.load()
@@ -255,33 +258,54 @@ def _width(state, path):
     raise InputError(f'{path}: no encoder.1.weight among its tensors; expected an EdgeConnect generator')
 
 # %% ../nbs/31_inference.ipynb #a81b279d
-def edge_connect(nets:dict, meta:dict, *, device, path='weights'):
-    "EdgeConnect: edges are hallucinated in the hole, then coloured (Nazeri et al. 2019)"
+def edge_connect(nets:dict, meta:dict, *, device, path='weights', composite_edges=True):
+    """EdgeConnect: edges are hallucinated in the hole, then coloured (Nazeri et al. 2019). `composite_edges=False`: the second
+    network gets the hallucinated edges everywhere, as the published test script does"""
     w1, sn = _width(nets['edge'], path)
     G1 = _filled(EdgeGenerator(width=w1, use_spectral_norm=sn), nets['edge'], path).to(device)
     G2 = _filled(InpaintGenerator(width=_width(nets['inpaint'], path)[0]), nets['inpaint'], path).to(device)
     sigma = float(meta.get('config', {}).get('sigma', 2.)) or 2.
-    return lambda image, mask: fill(G1, G2, image, mask, sigma=sigma)
+    return lambda image, mask: fill(G1, G2, image, mask, sigma=sigma, composite_edges=composite_edges)
 
 # %% ../nbs/31_inference.ipynb #11081f92
 @dataclasses.dataclass(frozen=True)
 class Method:
     "A way to fill holes"
-    build:callable    # (nets, meta, device=, path=) -> fill(image, mask)
+    build:callable    # (nets, meta, device=, path=, **options) -> fill(image, mask)
     paper:str         # where it comes from
     nets:tuple = ()   # networks that its weights file must hold
     train:str = ''    # the command that trains one
+    options:dict = dataclasses.field(default_factory=dict)   # what may be chosen when filling: name -> default
 
-METHODS = {'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo')}
+METHODS = {'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo',
+                                  options=dict(composite_edges=True))}
+
+# %% ../nbs/31_inference.ipynb #f069b122
+def check_options(method:str, given:dict)->dict:  # name -> value, or the word for it: 'false', '2.5'
+    "Options typed as the defaults of METHODS; `InputError` lists the method's options"
+    known, out = METHODS[method].options, {}
+    listed = ', '.join(f'{k} ({v})' for k, v in known.items()) or 'none'
+    for k, v in given.items():
+        if k not in known: raise InputError(f"{method} has no option '{k}'; expected one of: {listed}")
+        kind = type(known[k])
+        word = v.lower() if isinstance(v, str) and kind is bool else v
+        try: out[k] = {'true': True, 'false': False, True: True, False: False}[word] if kind is bool else kind(v)
+        except (KeyError, ValueError, TypeError): raise InputError(f"{method}: option {k} is '{v}', expected {kind.__name__}") from None
+    return out
 
 # %% ../nbs/31_inference.ipynb #98586065
-def lacks(path, method:str)->str:
-    "Why a weights file can't serve `method` (it holds other networks, is of another method or damaged), or ''"
+def header(path)->tuple:  # (names of the networks, metadata)
+    "What a weights file says of itself, tensors unread; ValueError when it is none"
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as f: held, raw = {k.split('.')[0] for k in f.keys()}, (f.metadata() or {}).get('inpaint_lib')
-        meta = json.loads(raw or '{}')
-    except (OSError, SafetensorError, ValueError) as e: return f'not a readable weights file ({str(e)[:80]})'
+        return held, json.loads(raw or '{}')
+    except (OSError, SafetensorError, ValueError) as e: raise ValueError(f'not a readable weights file ({str(e)[:80]})') from None
+
+def lacks(path, method:str)->str:
+    "Why a weights file can't serve `method` (it holds other networks, is of another method or damaged), or ''"
+    try: held, meta = header(path)
+    except ValueError as e: return str(e)
     if not meta: return 'not a weights file of inpaint_lib'
     if meta.get('method') != method: return f"weights of '{meta.get('method')}'"
     miss = [n for n in METHODS[method].nets if n not in held]
@@ -294,6 +318,13 @@ def weights_method(path)->str:
     for method in METHODS:
         if not (why := lacks(path, method)): return method
     raise InputError(f"{path}: {why}; expected weights of one of {', '.join(METHODS)}")
+
+def weights_stage(path)->str:
+    "The recipe of a weights file (or of a run's folder) that can't fill on its own, such as 'edge_connect.edge'; else ''"
+    path = _file(path)
+    if not all(lacks(path, method) for method in METHODS): return ''
+    try: return header(path)[1].get('recipe', '')
+    except ValueError: return ''
 
 def _file(path):
     "The weights file that is meant by a path; `InputError` when there is none"
@@ -338,16 +369,17 @@ def available()->list:  # of (method, paper, where its weights are)
 def load_inpainter(method:str='edge_connect',  # a key of METHODS
                    checkpoint=None,   # weights file or folder of a finished run; None = `find_weights`
                    device='auto',     # 'auto', 'cpu', 'cuda', ...
+                   **options,         # of the method: composite_edges=False (edge_connect)
                   )->Inpainter:
     """A trained method as a function `(image, mask) -> Result`.
 
     image: path, PIL image, uint8 (H,W,3), float tensor (3,H,W) or (B,3,H,W) in [0,1]. mask, same size: path, PIL image, bool or
-    uint8 (H,W) (128 and above = hole), or tensor of 0 and 1. `InputError` for an unknown method and for weights that are
-    missing, damaged or of another method."""
+    uint8 (H,W) (128 and above = hole), or tensor of 0 and 1. `InputError` for an unknown method or option and for weights
+    that are missing, damaged or of another method."""
     if method not in METHODS: raise InputError(f"no method '{method}'; expected one of {', '.join(METHODS)}")
-    m, device = METHODS[method], pick_device(device)
-    if not m.nets: return Inpainter(m.build({}, {}, device=device), device=device)
+    options, m, device = check_options(method, options), METHODS[method], pick_device(device)
+    if not m.nets: return Inpainter(m.build({}, {}, device=device, **options), device=device)
     path = _file(checkpoint) if checkpoint else find_weights(method)
     if (why := lacks(path, method)): raise InputError(f'{path}: {why}; expected weights of {method} with {" and ".join(m.nets)}')
     nets, meta = load_weights(path)
-    return Inpainter(m.build(nets, meta, device=device, path=path), device=device, source=_short(path), meta=meta)
+    return Inpainter(m.build(nets, meta, device=device, path=path, **options), device=device, source=_short(path), meta=meta)

@@ -36,9 +36,11 @@ def masked_l1(pred:Tensor,   # (B,C,H,W) network output
 def l1_over_mean_mask(pred:Tensor,   # (B,C,H,W)
                       image:Tensor,  # (B,C,H,W)
                       mask:Tensor,   # (B,1,H,W) 1 = hole, at least one hole pixel in the batch
+                      mean:Tensor|None=None,  # mean of the masks of a whole update (14_training); None = of `mask`
                      )->Tensor:      # scalar
     "L1 over the whole picture / mean(mask) over the batch of all processes (Nazeri et al. 2019)"
-    return mean_abs(pred, image) / global_mean(mask.to(torch.promote_types(mask.dtype, torch.float32)))
+    if mean is None: mean = global_mean(mask.to(torch.promote_types(mask.dtype, torch.float32)))
+    return mean_abs(pred, image)/mean
 
 # %% ../nbs/12_losses.ipynb #7807d947
 ADVERSARIAL = ('nsgan', 'lsgan', 'hinge', 'wgan')

@@ -32,7 +32,7 @@ def notebooks():
 
 
 def main():
-    in_step = subprocess.run(['bash', ROOT/'.ci'/'in_step']).returncode == 0
+    in_step = subprocess.run([sys.executable, ROOT/'tests'/'in_step.py']).returncode == 0
     style = subprocess.run([BIN/'ruff', 'check', '--quiet', 'nbs', 'tests'], cwd=ROOT).returncode == 0
     times, failed = notebooks()
     report = ROOT/'runs'/'pytest.txt'; report.parent.mkdir(exist_ok=True)

@@ -106,6 +106,11 @@ def test_a_picture_without_mask_is_named(files, weights, run):
     (('fill', 'a.png', 'm.png'), '--out'),
     (('paint',), "invalid choice: 'paint'"), ((), 'required'),
     (('train', 'edge_connect.edge', '-p', 'stepps', '3'), "no parameter 'stepps'"),
+    (('train', 'nosuch'), "recipe 'nosuch' is unknown; expected one of edge_connect.edge"),
+    (('train', 'edge_connect.edge', '--preset', 'huge'), "invalid choice: 'huge'"),
+    (('fill', 'a.png', 'm.png', '--out', 'o.png', '--option', 'composit=1'), "no option 'composit'; expected one of: composite_edges (True)"),
+    (('fill', 'a.png', 'm.png', '--out', 'o.png', '--option', 'composite_edges=perhaps'), "composite_edges is 'perhaps', expected bool"),
+    (('fill', 'a.png', 'm.png', '--out', 'o.png', '--option', 'composite_edges'), 'expected NAME=VALUE'),
     (('evaluate', 'nothing'), "'nothing' is no file and no method"),
     (('import', 'magic', 'a', '--out', 'w.safetensors'), "'magic'"),
     (('import', 'edge_connect', 'a', '--out', 'w.safetensors'), '1 files; expected 2'),
@@ -119,6 +124,28 @@ def test_mistakes_are_one_line(argv, message, files, weights, run, monkeypatch):
     code, _, err = run(*argv)
     assert code == 2 and message in err
     assert before == ((files/'a.png').read_bytes(), (files/'m.png').read_bytes()) and not (files/'o.png').exists()
+    assert not (files/'runs').exists()                                # refused before anything was started
+
+
+def test_an_option_of_the_method(files, weights, run):
+    for name, option in (('o.png', ()), ('same.png', ('--option', 'composite_edges=true')), ('test.png', ('--option', 'composite_edges=false'))):
+        assert run('fill', files/'a.png', files/'m.png', '--checkpoint', weights, '--out', files/name, *option)[0] == 0
+    ours, same, raw = (np.asarray(Image.open(files/n)) for n in ('o.png', 'same.png', 'test.png'))
+    assert (ours == same).all() and (ours[HOLE] != raw[HOLE]).any() and (ours[~HOLE] == raw[~HOLE]).all()
+
+
+def test_more_than_one_picture_in_a_file(files, weights, run):
+    for name in ('pages.tif', 'moves.gif'):
+        Image.fromarray(BASE).save(files/name, save_all=True, append_images=[Image.fromarray(255 - BASE)])
+        code, _, err = run('fill', files/name, files/'m.png', '--checkpoint', weights, '--out', files/'o.png')
+        assert code == 0 and '2 frames or pages; only the first is used' in err
+    assert not run('fill', files/'a.png', files/'m.png', '--checkpoint', weights, '--out', files/'o.png')[2]
+
+
+def test_one_name_in_two_subfolders(files, weights, run):
+    for d in ('x', 'y'): (files/'in'/d).mkdir(parents=True); Image.fromarray(BASE).save(files/'in'/d/'a.png')
+    code, _, err = run('fill', files/'in', files/'m.png', '--checkpoint', weights, '--out', files/'out')
+    assert code == 2 and 'x/a.png and y/a.png have one name' in err
 
 
 def test_import_then_fill(files, run):
@@ -148,10 +175,11 @@ def notebooks(tmp_path, monkeypatch):
     "Stand-ins for 40_train and 41_evaluate that only store or refuse their parameters"
     nbs = tmp_path/'nbs'; nbs.mkdir()
     for name, params in {'40_train': "recipe, preset, out_dir, lr, data_dir, checkpoints = '', '', '', 0., '', ''",
-                         '41_evaluate': "method, checkpoint, data_dir, out_dir = '', '', 'builtin', ''"}.items():
+                         '41_evaluate': "method, checkpoint, run, data_dir, out_dir = '', '', '', 'builtin', ''"}.items():
         params = '\n'.join(f'{k.strip()} = {v.strip()}' for k, v in zip(*(s.split(',') for s in params.split(' = '))))
         keep = "import json, os, pathlib\nnames = {k: v for k, v in globals().items() if isinstance(v, (str, int, float)) and k[0] != '_'}\n" \
-               "if names.get('lr') == 13: raise ValueError('lr is 13\\nand that is unlucky')\nprint('working in', os.path.basename(os.getcwd()))\n" \
+               "class InputError(ValueError): pass\nif names.get('lr') == 14: names['nothing']\n" \
+               "if names.get('lr') == 13: raise InputError('lr is 13\\nand that is unlucky')\nprint('working in', os.path.basename(os.getcwd()))\n" \
                "pathlib.Path(out_dir, 'got.json').write_text(json.dumps(names))"
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(params, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(keep)])
         nb.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
@@ -174,7 +202,13 @@ def test_train_runs_the_notebook(notebooks, run):
     assert (g['recipe'], g['preset'], g['lr'], g['out_dir']) == ('edge_connect.edge', 'tiny', 1e-4, str(notebooks/'r'))
     assert g['data_dir'] == str(notebooks/'photos') and g['checkpoints'] == f'edge={notebooks}/e.safetensors'
     code, _, err = run('train', 'edge_connect.edge', '-p', 'lr', '13')
-    assert code == 2 and 'lr is 13 (ValueError' in err and (notebooks/'runs'/'edge_connect.edge-tiny'/'40_train.ipynb').exists()
+    assert code == 2 and 'lr is 13 (InputError' in err and (notebooks/'runs'/'edge_connect.edge-tiny'/'40_train.ipynb').exists()
+
+
+def test_a_bug_in_a_notebook_is_shown_as_one(notebooks, run):
+    code, _, err = run('train', 'edge_connect.edge', '-p', 'lr', '14')
+    assert code == 1 and 'a bug in 40_train.ipynb, not in your input: KeyError' in err
+    assert "names['nothing']" in err and "KeyError: 'nothing'" in err and '\x1b' not in err and err.count('\n') < 20
 
 
 def test_evaluate_takes_a_method_or_weights(notebooks, weights, run):
@@ -185,6 +219,16 @@ def test_evaluate_takes_a_method_or_weights(notebooks, weights, run):
     assert (g['method'], g['checkpoint'], g['data_dir']) == ('edge_connect', str(weights), str(notebooks/'nbs'))
 
 
+def test_evaluate_takes_a_single_stage(notebooks, run):
+    from inpaint_lib.training import save_weights
+    (notebooks/'edge').mkdir()
+    save_weights(notebooks/'edge'/'weights.safetensors', dict(edge=EdgeGenerator(width=1/16).state_dict()),
+                 dict(method='edge_connect', recipe='edge_connect.edge'))
+    assert run('evaluate', 'edge')[0] == 0
+    g = got('runs/evaluate-edge_connect.edge')
+    assert (g['run'], g['checkpoint'], g['method']) == (str(notebooks/'edge'), '', '')
+
+
 def test_without_a_checkout_one_line_says_so(run, monkeypatch):
     monkeypatch.setattr('inpaint_lib.core.checkout', lambda: None)
     code, _, err = run('train', 'edge_connect.edge')
@@ -192,7 +236,7 @@ def test_without_a_checkout_one_line_says_so(run, monkeypatch):
 
 
 def test_types_of_values():
-    cases = {'8': 8, '-1': -1, '0.5': .5, '1e-4': 1e-4, '1E5': 1e5, 'true': True, 'False': False, 'null': None, 'none': 'none',
+    cases = {'8': 8, '-1': -1, '0.5': .5, '1e-4': 1e-4, '1E5': 1e5, 'true': True, 'False': False, 'null': None, '': '', 'none': 'none',
              'edge_connect.edge': 'edge_connect.edge', 'a: b: c': 'a: b: c', '[1]': '[1]', 'nan-like': 'nan-like', 'lr=1e-3,d2g=.1': 'lr=1e-3,d2g=.1'}
     for text, value in cases.items(): assert cli.typed(text) == value and type(cli.typed(text)) is type(value), text
 

@@ -54,7 +54,7 @@ def tiny_batch(n=2, size=32, dtype=torch.float64, edge=True):
     return batch | dict(edge=(sine((n, 1, size, size), 0, 1, .37, 1.) > .8).to(dtype)) if edge else batch
 
 
-CONFIG = dict(width=.0625, vgg_weights='none')
+CONFIG = dict(width=.0625, vgg_weights='none', edge_nms=False)      # the tests' edges are invented, not Canny's
 
 
 def settled(recipe, in_ch):
@@ -119,7 +119,7 @@ def test_true_multiply_adds():
 
 @pytest.fixture(scope='module')
 def golden_start():
-    recipe = ec.EdgeRecipe().double()
+    recipe = ec.EdgeRecipe(ec.EdgeConnectConfig(edge_nms=False)).double()
     recipe.G.load_state_dict(official_state('EdgeGenerator', 'init'))
     recipe.D.load_state_dict(official_state('Discriminator_in2', 'init'))
     batch = tiny_batch(size=64); batch['mask'] = torch.zeros(2, 1, 64, 64, dtype=torch.float64)
@@ -279,6 +279,20 @@ def test_edges_of_a_batch_are_canny_of_the_whole_picture():
     assert torch.equal(out['edge'], edge_maps(rgb_to_gray(batch['image']), 2.).double())
 
 
+def test_external_edges_are_thinned_by_canny():
+    "edge_nms: a detector's map is multiplied with the picture's Canny map; without it, it is taken as it is"
+    batch = tiny_batch(edge=False); thin = edge_maps(rgb_to_gray(batch['image']), 1.).double()
+    assert 0 < thin.sum() < thin.numel()
+    soft = torch.rand_like(thin)
+    assert ec.EdgeConnectConfig().edge_nms
+    for on, expect in ((True, soft*thin), (False, soft)):
+        for make in (ec.EdgeRecipe, ec.InpaintRecipe, ec.JointRecipe):
+            out = make(ec.EdgeConnectConfig(**CONFIG | dict(edge_nms=on, sigma=1.))).double()(dict(batch, edge=soft))
+            assert torch.equal(out['edge'], expect), (make, on)
+    same = ec.EdgeRecipe(ec.EdgeConnectConfig(**CONFIG | dict(edge_nms=True, sigma=1.))).double()(dict(batch, edge=thin))
+    assert torch.equal(same['edge'], thin)                                # the picture's own Canny map stays as it is
+
+
 # losses of the stages, put together by hand
 
 @pytest.mark.parametrize('kind', ['nsgan', 'lsgan', 'hinge'])
@@ -305,7 +319,7 @@ class FakeVGG(nn.Module):
 
 def test_terms_of_the_image_stage():
     set_seed(0)
-    config = ec.EdgeConnectConfig(width=.0625, content_layers=('relu1_1',), style_layers=('relu2_2',))
+    config = ec.EdgeConnectConfig(width=.0625, edge_nms=False, content_layers=('relu1_1',), style_layers=('relu2_2',))
     recipe = settled(ec.InpaintRecipe(config, vgg=FakeVGG()), 3)
     assert not recipe.deviations
     batch = tiny_batch(); out = recipe(batch); g = recipe.g_terms(batch, out)

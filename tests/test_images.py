@@ -184,7 +184,26 @@ def test_edges_get_the_same_square():
         assert item['edge'].shape == (1, 64, 64) and (item['edge'] - grey).abs().max() < .02
     item = PhotoDataset(BuiltinImages(names), 64, edges=Twice(names))[(0, 0)]
     assert isinstance(item, Skipped) and '200 x 160' in item.reason and '600 x 400' in item.reason
+    assert item.name == 'edge map coffee'                             # whose fault it is
     assert '1 edge maps for 4 pictures' in one_line(PhotoDataset, BuiltinImages(), 64, edges=Grey(names))
+
+
+def test_edge_maps_belong_to_photographs_by_name(tmp_path):
+    def folder(name, **pictures):
+        for stem, (suffix, grey) in pictures.items():
+            path = tmp_path/name/stem.replace('__', '/'); path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('L', (40, 40), grey).save(path.with_suffix(suffix))
+        return FolderImages(tmp_path/name)
+    photos = folder('photos', a__one=('.jpg', 10), b=('.png', 20))
+    edges = folder('edges', a__one=('.png', 100), b=('.bmp', 200))
+    edges.names, edges.paths = edges.names[::-1], edges.paths[::-1]   # another order: the names decide
+    data = PhotoDataset(photos, 32, edges=edges)
+    assert [round(float(data[i]['edge'].mean())*255) for i in range(2)] == [100, 200]
+    wrong = folder('wrong', a__one=('.png', 1), c=('.png', 1))
+    assert "no edge map called 'b'" in one_line(PhotoDataset, photos, 32, edges=wrong)
+    (tmp_path/'edges'/'b.bmp').write_text('no picture')
+    item = data[1]
+    assert isinstance(item, Skipped) and item.name == 'edge map b.bmp' and 'not a readable image' in item.reason
 
 
 # ---- batches

@@ -1,6 +1,7 @@
 "Any picture in, the same picture out: modes, sizes, files, leaks, and which weights are taken"
 import dataclasses
 import os
+import re
 import time
 import warnings
 
@@ -306,3 +307,20 @@ def test_an_own_fill_needs_no_weights():
 def test_methods_name_paper_and_command():
     assert 'edge_connect' in METHODS and all(m.paper and (m.train or not m.nets) for m in METHODS.values())
     assert [r[0] for r in inference.available()] == list(METHODS)
+
+
+def test_options_of_a_method(tmp_path):
+    from tiny_weights import save_tiny
+    path, hole = save_tiny(tmp_path/'w.safetensors'), torch.zeros(1, 48, 64)
+    hole[:, 10:30, 20:44] = 1
+    image = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0))
+    ours, same, raw = (load_inpainter('edge_connect', path, 'cpu', **o)(image, hole)
+                       for o in ({}, dict(composite_edges=True), dict(composite_edges=False)))
+    known = hole == 0
+    assert torch.equal(ours.pred, same.pred) and not torch.equal(ours.pred, raw.pred)
+    assert torch.equal(ours.views['edges'][known], ours.views['edges_known'][known])
+    assert torch.equal(raw.views['edges'], raw.views['edges_hallucinated'])
+    assert torch.equal(raw.image[:, known[0]], image[:, known[0]])
+    for wrong, says in ((dict(composit=False), "no option 'composit'; expected one of: composite_edges (True)"),
+                        (dict(composite_edges='perhaps'), "composite_edges is 'perhaps', expected bool"), (dict(composite_edges=None), 'expected bool')):
+        with pytest.raises(InputError, match=re.escape(says)): load_inpainter('edge_connect', path, 'cpu', **wrong)

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
+
+from inpaint_lib.data.images import builtin_photograph
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +60,25 @@ def test_joint_stage_takes_both_then_evaluation(trained, tmp_path):
     assert report['metrics']['all']['l1']['n'] == 12 and len(report['metrics']) == 7            # six bins and all
     for s in report['metrics'].values(): assert s['psnr']['lo'] <= s['psnr']['mean'] <= s['psnr']['hi']
     assert report['deviations'] and (tmp_path/'eval'/'rows.png').stat().st_size > 10_000
+    assert report['photographs'] == 1 and report['checkpoint'] == 'joint/weights.safetensors'
+    assert str(tmp_path) not in (tmp_path/'eval'/'metrics.json').read_text()                     # no machine paths
+
+
+@pytest.mark.parametrize('name, measures', [('edge', {'precision', 'recall'}), ('inpaint', {'psnr_hole', 'l1', 'ssim_hole'})])
+def test_a_single_stage_is_measured_by_its_recipe(name, measures, trained, tmp_path):
+    photos, masks = tmp_path/'photos', tmp_path/'masks'
+    for folder in (photos, masks): folder.mkdir()
+    for i, which in enumerate(('coffee', 'chelsea')): Image.fromarray(builtin_photograph(which)[:200, 100:300]).save(photos/f'{i}.png')
+    for i in range(3):
+        mask = np.zeros((64, 64), np.uint8); mask[10:30 + 8*i, 10:40] = 255
+        Image.fromarray(mask).save(masks/f'{i}.png')
+    code, err, _ = papermill('41_evaluate', tmp_path, run=trained/name, size=48, data_dir=photos, mask_dir=masks, batch_size=2, out_dir=tmp_path/'eval')
+    assert code == 0, err
+    text = (tmp_path/'eval'/'metrics.json').read_text(); report = json.loads(text)
+    assert report['recipe'] == f'edge_connect.{name}' and report['measured_as'] == 'run' and len(report['rows']) == 3   # each mask once
+    assert measures <= set(report['metrics']['all']) and report['photographs'] == 2
+    n = report['metrics']['all'][min(measures)]['n'] + report['undefined'].get(min(measures), 0)
+    assert n == 3 and str(tmp_path) not in text and report['parameters']['run'] == name
 
 
 def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
@@ -73,7 +96,13 @@ def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
     ('40_train', dict(step=5), "parameter 'step' is unknown; did you mean 'steps'?"),
     ('40_train', dict(steps='many'), "parameter 'steps' is 'many' (str); expected int"),
     ('40_train', dict(recipe='edge_connect.joint', vgg_weights='none'), "needs the network 'edge'"),
-    ('41_evaluate', dict(methods='edge_connect'), "parameter 'methods' is unknown; did you mean 'method'?"),
+    ('41_evaluate', dict(methods='edge_connect'), "parameter 'methods' is unknown"),
+    ('41_evaluate', dict(metrics='X'), "parameter 'metrics' is unknown"),
+    ('41_evaluate', dict(recipes='X'), "parameter 'recipes' is unknown"),
+    ('41_evaluate', dict(per_bin=0), "parameter 'per_bin' is 0; expected 1 or more"),
+    ('41_evaluate', dict(batch_size=0), "parameter 'batch_size' is 0; expected 1 or more"),
+    ('41_evaluate', dict(size=20), "parameter 'size' is 20; expected 24 or more"),
+    ('41_evaluate', dict(run='nowhere'), 'nowhere: no such file; expected the folder of a finished run'),
 ])
 def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, tmp_path):
     code, err, _ = papermill(stem, tmp_path, **bad)

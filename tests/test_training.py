@@ -66,7 +66,7 @@ def test_killed_at_random_moments_loses_nothing(tmp_path):
     assert start(whole).wait() == 0
     while kills < 5:
         p = start(pieces)
-        while not (pieces/'log.jsonl').exists(): time.sleep(.05)
+        while not (pieces/'log.jsonl').exists() and p.poll() is None: time.sleep(.05)
         size = (pieces/'log.jsonl').stat().st_size
         while p.poll() is None and (pieces/'log.jsonl').stat().st_size == size: time.sleep(.01)
         time.sleep(rng.uniform(0, .3))
@@ -97,6 +97,60 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     refused('not a whole checkpoint', go, tmp_path, 6, **EDGE)
 
 
+def test_any_damaged_checkpoint_is_one_line(tmp_path):
+    go(tmp_path, 5, **EDGE)
+    whole, rng, path = (tmp_path/'checkpoint.pt').read_bytes(), random.Random(0), tmp_path/'damaged.pt'
+    damaged = [b'', b'hello', whole[:100], whole[:len(whole)//2]]
+    for _ in range(40):
+        b = bytearray(whole); at = rng.randrange(min(len(b), 4000)); b[at:at + 8] = rng.randbytes(8); damaged.append(bytes(b))
+    for content in damaged:
+        path.write_bytes(content)
+        try: training.read_checkpoint(path)
+        except InputError as e: assert '\n' not in str(e)
+    torch.save(dict(format=1), path)
+    refused('checkpoint without', training.read_checkpoint, path)
+
+
+def test_a_run_goes_on_only_with_the_same_data_and_not_backwards(tmp_path):
+    recipe, c, _ = recipes.build(preset='tiny', run=dict(steps=4, batch_size=2, device='cpu'), **EDGE)
+    data = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
+    start = lambda steps, size: training.train(recipes.build(preset='tiny', run=dict(steps=steps, batch_size=2, device='cpu'), **EDGE)[0], data,
+                                               training.TrainConfig(**{**vars(c), 'steps': steps}), tmp_path, identity=dict(size=size), progress=False)
+    start(4, 24)
+    refused('identity size was 24, now 32', start, 6, 32)
+    refused('already at step 4', start, 2, 24)
+    before = (tmp_path/'run.json').read_text(), (tmp_path/'weights.safetensors').stat().st_mtime_ns
+    assert len(start(4, 24).records) == 4                                       # nothing left to do, nothing rewritten
+    assert before == ((tmp_path/'run.json').read_text(), (tmp_path/'weights.safetensors').stat().st_mtime_ns)
+
+
+def test_an_extended_run_that_is_interrupted_has_no_stale_weights(tmp_path):
+    go(tmp_path, 5, **EDGE)
+    assert (tmp_path/'weights.safetensors').exists()
+    recipe, c, _ = recipes.build(name=EDGE['name'], preset='tiny', config=EDGE['config'],
+                                 run=dict(steps=20, batch_size=3, device='cpu', workers=0, save_every=5, ema=.9))
+    terms = recipe.g_terms
+    recipe.g_terms = lambda batch, out: terms(batch, out) | (dict(x=out['pred'].sum()*float('nan')) if recipe.step == 7 else {})
+    data = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
+    refused("step 7: loss term 'x'", training.train, recipe, data, c, tmp_path, progress=False)
+    assert not (tmp_path/'weights.safetensors').exists() and training.read_checkpoint(tmp_path/'checkpoint.pt')['step'] == 5
+
+
+def test_rows_show_the_generator_that_is_saved(tmp_path):
+    "Averaged weights: the pictures at the end and weights.safetensors are the same network"
+    recipe, c, _ = recipes.build(preset='tiny', run=dict(steps=6, batch_size=2, device='cpu', ema=.9), **INPAINT)
+    data = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
+    samples = images.collate([data[9, 0], data[9, 1]])
+    result = training.train(recipe, data, c, tmp_path, samples=samples, progress=False)
+    nets, _ = training.load_weights(tmp_path/'weights.safetensors')
+    other, *_ = recipes.build(preset='tiny', **INPAINT)
+    other.G.load_state_dict(nets['inpaint']); other.eval()
+    with torch.no_grad(): pred = other(samples)['pred']
+    assert all(torch.equal(row['pred'], p) for row, p in zip(result.rows, pred))
+    with torch.no_grad(): raw = result.recipe.eval()(samples)['pred']
+    assert not torch.equal(raw, pred)                                           # the test would notice the raw generator
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     recipe, c, _ = recipes.build(preset='tiny', run=dict(steps=20, batch_size=2, device='cpu', save_every=2), **INPAINT)
     terms = recipe.g_terms
@@ -120,6 +174,20 @@ def test_unreadable_files_are_skipped_counted_and_named(tmp_path, capsys):
     assert json.loads((tmp_path/'run'/'run.json').read_text())['skipped'] == result.skipped
 
 
+def test_a_part_without_a_readable_file_is_left_out(tmp_path):
+    "batch 2 in two parts of one picture: a bad file empties a part; the run goes on, and the count survives a resume"
+    from PIL import Image
+    folder = tmp_path/'photos'; folder.mkdir()
+    for n in range(3): Image.fromarray(images.builtin_photograph('coffee')[:64, n*64:n*64+64]).save(folder/f'{n}.png')
+    (folder/'cut.png').write_bytes((folder/'0.png').read_bytes()[:500])
+    def start(steps):
+        recipe, c, _ = recipes.build(preset='tiny', run=dict(steps=steps, batch_size=2, accumulate=2, device='cpu', save_every=2, seed=1), **INPAINT)
+        data = images.PhotoDataset(images.open_source(folder), 24, masks.mask_sampler('bins'))
+        return training.train(recipe, data, c, tmp_path/'run', progress=False)
+    assert len(start(6).skipped) == 1
+    assert len(start(7).skipped) == 1 and len(start(7).records) == 7
+
+
 def test_resume_never_refuses_to_overwrite(tmp_path):
     go(tmp_path, 5, **EDGE)
     recipe, c, _ = recipes.build(preset='tiny', **EDGE)
@@ -132,7 +200,9 @@ def test_bf16_trains(tmp_path):
     assert all(p.dtype == torch.float32 for p in result.recipe.parameters())        # float32 master weights
 
 
-@pytest.mark.parametrize('bad, says', [(dict(precision='fp16'), "expected 'fp32' or 'bf16'"), (dict(steps=0), 'steps is 0'),
+@pytest.mark.parametrize('bad, says', [(dict(precision='fp16'), 'precision is .fp16.; expected one of fp32, bf16'), (dict(steps=0), 'steps is 0'),
+                                       (dict(device='banana'), "device is 'banana'"), 
+                                       (dict(ema=5), 'ema is 5'), (dict(workers=-7), 'workers is -7'),
                                        (dict(batch_size=3, accumulate=2), 'does not divide')])
 def test_bad_run_numbers(bad, says, tmp_path):
     def attempt():

@@ -10,7 +10,7 @@ __all__ = ['EXTENSIONS', 'BUILTIN_TRAIN', 'BUILTIN_HELD_OUT', 'TORCHVISION_SETS'
 
 # %% ../../nbs/01_data.images.ipynb #8a743e8a
 import dataclasses, functools, importlib.util, os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -198,9 +198,21 @@ class Skipped:
 def _cut_edge(edges, index, crop, *, hw, size):
     "The square `crop` (of a picture of height and width `hw`) of edge map `index`: (1,size,size) in [0,1]"
     e, (h, w) = edges.read(index), hw; eh, ew = e.shape[:2]
-    if abs(ew*h - eh*w) > .02*eh*w:
-        raise InputError(f'edge map {edges.names[index]} is {ew} x {eh}, its picture {w} x {h}; expected one shape')
+    if abs(ew*h - eh*w) > .02*eh*w: raise InputError(f'it is {ew} x {eh}, its picture {w} x {h}; expected one shape')
     return to_tensor(cut(e, crop, size=size, scale=(ew/w, eh/h)))[:1]
+
+# %% ../../nbs/01_data.images.ipynb #b9fe7ba5
+def _match_names(source, edges)->list:
+    "Index of the edge map of each picture; `InputError` names the first picture or edge map without a partner"
+    if len(edges) != len(source):
+        raise InputError(f'{len(edges)} edge maps for {len(source)} pictures; expected one each, of the same names')
+    ours, theirs = ([PurePosixPath(n).with_suffix('').as_posix() for n in s.names] for s in (source, edges))
+    where = {name: i for i, name in enumerate(theirs)}
+    for name in ours:
+        if name not in where: raise InputError(f"no edge map called '{name}'; expected one for each picture, of its name without suffix")
+    left = [name for name in theirs if name not in set(ours)]
+    if left: raise InputError(f"edge map '{left[0]}' belongs to no picture; expected one for each picture, of its name without suffix")
+    return [where[name] for name in ours]
 
 # %% ../../nbs/01_data.images.ipynb #2cb0d184
 class PhotoDataset(Dataset):
@@ -209,9 +221,8 @@ class PhotoDataset(Dataset):
                  size:int,          # side of the square
                  masks=None,        # masks(rng, index, size) -> bool (size,size); None: items without a mask
                  *, seed:int=0, train:bool=True,   # train: random squares and mirrors; else the centred square
-                 edges=None):       # a source of edge maps, one for each picture
-        if edges is not None and len(edges) != len(source):
-            raise InputError(f'{len(edges)} edge maps for {len(source)} pictures; expected one each, in one order')
+                 edges=None):       # a source of edge maps, one for each picture, of the same names
+        self.edge_of = None if edges is None else _match_names(source, edges)
         self.source, self.size, self.masks, self.seed, self.train, self.edges = source, size, masks, seed, train, edges
     def __len__(self): return len(self.source)
     def __getitem__(self, key):
@@ -225,8 +236,9 @@ class PhotoDataset(Dataset):
         crop = random_crop(rng('crop'), *hw, size=self.size) if self.train else center_crop(*hw)
         item['image'] = to_tensor(cut(a, crop, size=self.size))
         if self.masks: item['mask'] = torch.from_numpy(np.array(self.masks(rng('mask'), i, self.size), np.float32))[None]
-        if self.edges is not None: item['edge'] = _cut_edge(self.edges, i, crop, hw=hw, size=self.size)
-        return item
+        if self.edges is None: return item
+        try: return item | dict(edge=_cut_edge(self.edges, self.edge_of[i], crop, hw=hw, size=self.size))
+        except InputError as e: return Skipped(f'edge map {self.edges.names[self.edge_of[i]]}', str(e))     # not the photograph's fault
 
 # %% ../../nbs/01_data.images.ipynb #b3fa61e5
 def collate(items)->dict:  # image, mask, epoch, index[, edge], skipped: list of str
@@ -279,8 +291,9 @@ class PhotoLoader(DataLoader):
 
 def loader(dataset, sampler,  # a data set, and batches of its keys (`EndlessSampler`, `one_pass`)
            workers:int=0,     # loader processes; the batches are the same for any number
+           *, collate_fn=collate,
           )->DataLoader:
     "Batches in the sampler's order, made by `workers` processes. torch's global random state is left alone"
     own = torch.Generator().manual_seed(0)
-    return PhotoLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=own,
+    return PhotoLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn, generator=own,
                        pin_memory=torch.cuda.is_available())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError, keyed_rng
-from ..data.edges import edge_maps, rgb_to_gray
+from ..data.edges import edge_maps, nms_by_canny, rgb_to_gray
 from ..layers import ResnetBlock, init_weights, maybe_spectral_norm
 from ..losses import adversarial_loss, feature_matching, l1_over_mean_mask, vgg_terms
 from ..metrics import edge_precision_recall, psnr
@@ -150,6 +150,7 @@ class EdgeConnectConfig:
     lambda_perc:float = .1    # paper sec. 3.2 (note 004)
     lambda_style:float = 250. # paper sec. 3.2 (note 004); code's default is 1, its author answers 250
     sigma:float = 2.          # Canny's smoothing (note 004); 0 = random 1..4 per picture, -1 = no edges (code)
+    edge_nms:bool = True      # code's NMS switch: an external edge map is multiplied with the picture's Canny map
     content_layers:tuple = ('relu1_1', 'relu2_1', 'relu3_1', 'relu4_1', 'relu5_1')  # note 004; may be shortened
     style_layers:tuple = ('relu2_2', 'relu3_4', 'relu4_4', 'relu5_2')               # note 003 (code)
     vgg_weights:str = 'auto'  # torchvision's, a file, or 'none': no perceptual and no style term
@@ -176,11 +177,13 @@ class EdgeConnectStage(Recipe):
         super().__init__(); self.config = config or EdgeConnectConfig()
 
     def data(self, batch):
-        "(image, grey, edge, mask), all without gradient; edges are the batch's own, or Canny's of the whole picture"
-        image, mask = batch['image'].detach(), batch['mask'].detach()
+        """(image, grey, edge, mask), all without gradient. Edges: Canny's of the whole picture, or the batch's own (of a
+        detector), with `edge_nms` where Canny's are"""
+        image, mask, own = batch['image'].detach(), batch['mask'].detach(), batch.get('edge')
         gray = rgb_to_gray(image)
-        edge = batch['edge'].detach() if 'edge' in batch else edge_maps(gray, canny_sigma(self.config, batch))
-        return image, gray, edge.to(gray), mask
+        if own is not None and not self.config.edge_nms: return image, gray, own.detach().to(gray), mask
+        edge = edge_maps(gray, canny_sigma(self.config, batch)).to(gray)
+        return image, gray, edge if own is None else nms_by_canny(own.detach().to(gray), edge), mask
 
     def verdict(self, x, real, *, for_D=True):
         "(adversarial loss, activations) of the critic on `x`"
@@ -253,7 +256,7 @@ class ColourStage(EdgeConnectStage):
     def g_terms(self, batch, out):
         c, pred, image, mask = self.config, out['pred'], batch['image'].detach(), batch['mask'].detach()
         fake, _ = self.verdict(pred, True, for_D=False)
-        terms = dict(g_adv=c.lambda_adv2*fake, l1=c.lambda_l1*l1_over_mean_mask(pred, image, mask))
+        terms = dict(g_adv=c.lambda_adv2*fake, l1=c.lambda_l1*l1_over_mean_mask(pred, image, mask, batch.get('mask_mean')))
         if self.vgg is None: return terms
         perc, style = vgg_terms(self.vgg, pred, image, mask, content=c.content_layers, style=c.style_layers)
         return terms | dict(perceptual=c.lambda_perc*perc, style=c.lambda_style*style)
