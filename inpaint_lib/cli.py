@@ -149,7 +149,7 @@ def execute(nb:Path, out:Path, values:dict):
     try:
         papermill.execute_notebook(str(nb), str(out/nb.name), parameters=values, cwd=str(nb.parent),
                                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                   extra_arguments=['--IPKernelApp.log_level=40'])     # errors only
+                                   extra_arguments=['--IPKernelApp.log_level=50'])     # its own chatter is not for the user
     except PapermillExecutionError as e: raise _broken(e, out/nb.name) from None
     print(f'{out}: {", ".join(sorted(p.name for p in out.iterdir()))}')
 

@@ -386,6 +386,7 @@ def train(recipe:Recipe,       # what to train
         if up.step % config.log_every == 0 or up.step == config.steps: log.add(record)
         _keep(up, run_dir, samples)
     _end(up, run_dir, meta or {}, trained=up.step > first)
+    up.engine.wait_for_everyone()                     # nobody leaves before the first process has written
     return TrainResult(log.records, recipe, up.seconds, sorted(up.skipped), sample_rows(up, samples) if samples is not None else [])
 
 # %% ../nbs/14_training.ipynb #7cbe7a8c

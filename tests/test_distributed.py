@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inpaint_lib import training
+from inpaint_lib.data import images
 
 SCRIPTS = Path(__file__).parent/'scripts'
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
@@ -20,19 +21,29 @@ def launch(launcher, script, *args):
     assert r.returncode == 0, r.stderr[-3000:]
 
 
-def run(launcher, name, out):
-    launch(launcher, 'three_steps.py', name, out)
+def run(launcher, name, out, photos='builtin'):
+    launch(launcher, 'three_steps.py', name, out, photos)
     return torch.load(out, weights_only=True)
 
 
 def relative(a, b): return abs(a - b)/max(abs(a), abs(b), 1e-12)
 
 
-@pytest.mark.parametrize('name', ['edge_connect.edge', 'edge_connect.inpaint'])
-def test_two_processes_equal_one(name, tmp_path):
+def photos_with_a_truncated_file(folder):
+    "Four photographs in batches of four, one of them cut off: the two processes have different numbers of pictures"
+    from PIL import Image
+    folder.mkdir()
+    for n in range(4): Image.fromarray(images.builtin_photograph('coffee')[n*60:n*60+64, n*90:n*90+64]).save(folder/f'{n}.png')
+    (folder/'1.png').write_bytes((folder/'1.png').read_bytes()[:900])
+    return folder
+
+
+@pytest.mark.parametrize('name, cut', [('edge_connect.edge', False), ('edge_connect.inpaint', False), ('edge_connect.inpaint', True)])
+def test_two_processes_equal_one(name, cut, tmp_path):
     "L1 / mean(mask) divides by a statistic of the whole batch: `inpaint` fails if it is not averaged over processes first"
-    one = run([], name, tmp_path/'one.pt')
-    two = run(TORCHRUN, name, tmp_path/'two.pt')
+    photos = photos_with_a_truncated_file(tmp_path/'photos') if cut else 'builtin'
+    one = run([], name, tmp_path/'one.pt', photos)
+    two = run(TORCHRUN, name, tmp_path/'two.pt', photos)
     assert (one['world'], two['world']) == (1, 2)
     for a, b in zip(one['terms'], two['terms']):
         trained = [k for k in a if not k.startswith('m_')]

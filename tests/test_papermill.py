@@ -96,7 +96,7 @@ def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
     ('40_train', dict(step=5), "parameter 'step' is unknown; did you mean 'steps'?"),
     ('40_train', dict(steps='many'), "parameter 'steps' is 'many' (str); expected int"),
     ('40_train', dict(recipe='edge_connect.joint', vgg_weights='none'), "needs the network 'edge'"),
-    ('41_evaluate', dict(methods='edge_connect'), "parameter 'methods' is unknown"),
+    ('41_evaluate', dict(methods='edge_connect'), "parameter 'methods' is unknown; did you mean 'method'?"),
     ('41_evaluate', dict(metrics='X'), "parameter 'metrics' is unknown"),
     ('41_evaluate', dict(recipes='X'), "parameter 'recipes' is unknown"),
     ('41_evaluate', dict(per_bin=0), "parameter 'per_bin' is 0; expected 1 or more"),
@@ -108,3 +108,20 @@ def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, t
     code, err, _ = papermill(stem, tmp_path, **bad)
     assert code == 1
     assert says in err, err[-1500:]
+
+
+def test_the_first_cells_of_41_can_be_run_again():
+    "In JupyterLab: names of later cells are no parameters, a changed parameter counts, a hidden module is noticed"
+    from inpaint_lib.core import InputError
+    code = [''.join(c['source']) for c in nbformat.read(ROOT/'nbs'/'41_evaluate.ipynb', as_version=4).cells if c['cell_type'] == 'code']
+    first, parameters, look = code[:3]
+    assert 'per_bin = -1' in parameters and '_check_parameters(' in look
+    space = {'__name__': '__main__'}
+    for cell in (first, parameters, look): exec(cell, space)
+    assert space['p'].size == 64
+    space.update(rows=[], image=1)                                    # what later cells define
+    for cell in (first, parameters, 'size = 32', look): exec(cell, space)
+    assert space['p'].size == 32
+    space = {'__name__': '__main__'}
+    with pytest.raises(InputError, match="parameter 'images' is unknown"):
+        for cell in (first, parameters, "images = '/photos'", look): exec(cell, space)

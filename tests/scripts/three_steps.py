@@ -2,25 +2,30 @@
 import sys
 
 import torch
+from accelerate.state import PartialState
 
 from inpaint_lib import recipes, training
 from inpaint_lib.data import images, masks
 
-name, out = sys.argv[1:3]
+name, out, photos = sys.argv[1:4]
 torch.set_num_threads(1)
 
 
 class Double(images.PhotoDataset):
     "Photographs in float64"
-    def __getitem__(self, key): return {k: v.double() if torch.is_tensor(v) else v for k, v in super().__getitem__(key).items()}
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        return item if isinstance(item, images.Skipped) else {k: v.double() if torch.is_tensor(v) else v for k, v in item.items()}
 
 
 config = dict(vgg_weights='none') if 'inpaint' in name else {}
 recipe, run, data = recipes.build(name, 'tiny', config=config | dict(width=.1),
                                   run=dict(steps=3, batch_size=4, device='cpu', ema=.5, save_every=3))
-dataset = Double(images.open_source('builtin'), 32, masks.mask_sampler('bins'))
+dataset = Double(images.open_source(photos), 32, masks.mask_sampler('bins'))
 up = training.Updater(recipe.double(), run)
 stream = training._batches(up, dataset)
-terms = [up.update(next(stream)[0]) for _ in range(3)]
+terms = [up.update(next(stream)) for _ in range(3)]
 if up.engine.is_main_process:
     torch.save(dict(world=up.engine.num_processes, terms=terms, weights=recipe.state_dict(), ema=up.ema), out)
+up.engine.wait_for_everyone()
+PartialState().destroy_process_group()

@@ -2,6 +2,7 @@
 import sys
 
 import torch
+from accelerate.state import PartialState
 
 from inpaint_lib import recipes, training
 from inpaint_lib.data import images, masks
@@ -12,3 +13,4 @@ recipe, run, _ = recipes.build('edge_connect.inpaint', 'tiny', config=dict(vgg_w
                                run=dict(steps=steps, batch_size=4, device='cpu', ema=.9, save_every=2))
 dataset = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
 training.train(recipe, dataset, run, folder, progress=False)
+PartialState().destroy_process_group()
