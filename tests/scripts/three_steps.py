@@ -1,4 +1,5 @@
 """Three updates in float64, in one process or under torchrun; process 0 writes terms and weights to the given file."""
+import os
 import sys
 
 import torch
@@ -29,3 +30,4 @@ if up.engine.is_main_process:
     torch.save(dict(world=up.engine.num_processes, terms=terms, weights=recipe.state_dict(), ema=up.ema), out)
 up.engine.wait_for_everyone()
 PartialState().destroy_process_group()
+os._exit(0)   # gloo's threads now and then abort while the interpreter is taken down ('terminate called without ...')

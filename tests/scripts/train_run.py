@@ -1,4 +1,5 @@
 """`training.train` for the given number of steps into the given folder, in one process or under torchrun."""
+import os
 import sys
 
 import torch
@@ -14,3 +15,4 @@ recipe, run, _ = recipes.build('edge_connect.inpaint', 'tiny', config=dict(vgg_w
 dataset = images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler('bins'))
 training.train(recipe, dataset, run, folder, progress=False)
 PartialState().destroy_process_group()
+os._exit(0)   # gloo's threads now and then abort while the interpreter is taken down ('terminate called without ...')
