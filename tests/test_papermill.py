@@ -44,6 +44,8 @@ def test_train_leaves_everything(trained):
     run = json.loads((trained/'inpaint'/'run.json').read_text())
     assert run['deviations'] and 'VGG' in run['deviations'][0].upper() and run['config']['vgg_weights'] == 'none'
     executed = nbformat.read(trained/'inpaint'/'40_train.ipynb', as_version=4)
+    pictures = [o for c in executed.cells for o in c.get('outputs', []) if any(k.startswith('image/') for k in o.get('data', {}))]
+    assert len(pictures) == 3                      # what it sees, curves, sample rows
     assert 'DEVIATION' in ''.join(str(c.get('outputs', '')) for c in executed.cells)
     assert len((trained/'inpaint'/'log.jsonl').read_text().splitlines()) == 4
 

@@ -203,7 +203,7 @@ def _warn(a, hole, name, threshold):
 
 def _inverted(ratio):
     "What to say about a hole ratio above that of the last bin"
-    return f'hole ratio {ratio:.2f}, looks inverted; white (1) must be the hole, invert=True turns it round'
+    return f'hole ratio {ratio:.2f}, looks inverted; white (1) must be the hole; invert the file (in Python: invert=True)'
 
 # %% ../../nbs/02_data.masks.ipynb #ecb431da
 def load_mask(mask,             # path, PIL picture, bool / uint8 / float array, tensor of 0 and 1
