@@ -54,16 +54,18 @@ def checkout()->Path|None:
 @contextlib.contextmanager
 def atomic_write(path):  # the file to be written
     "Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp'); os.close(fd)
+    path, tmp = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp'); os.close(fd)
         yield Path(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
     except OSError as e:
         raise InputError(f'{path}: not written ({e.strerror or e}); what was there before is untouched') from e
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally:
+        if tmp: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #6ce99cc9
 def _umask():
