@@ -34,8 +34,10 @@ def vgg_convs(arch:str='vgg19',  # or 'vgg16'
 
 # %% ../nbs/11_features.ipynb #7b3e4dc9
 def vgg_layers(arch:str='vgg19')->list:
-    "All layer names, from the picture inwards: 'conv1_1', 'relu1_1', 'conv1_2', ..."
-    return [kind + name for name, *_ in vgg_convs(arch) for kind in ('conv', 'relu')]
+    "All layer names, from the picture inwards: 'conv1_1', 'relu1_1', 'conv1_2', 'relu1_2', 'pool1', ..."
+    names = [name for name, *_ in vgg_convs(arch)]
+    ends = [a[0] != b[0] for a, b in zip(names, [*names[1:], 'end'])]       # the last convolution of its block?
+    return [l for name, end in zip(names, ends) for l in ('conv' + name, 'relu' + name) + (f'pool{name[0]}',)*end]
 
 def vgg_shapes(arch:str='vgg19')->dict:
     "Keys and shapes of the weights in torchvision's files: 'features.0.weight' -> (64,3,3,3), ..."
@@ -111,22 +113,24 @@ def vgg_depth(layers,            # names such as 'relu3_1' or 'conv4_2'
     if unknown or not layers:
         found = f"'{unknown[0]}'" if unknown else 'no layer at all'
         raise InputError(f'{arch} was asked for {found}; expected names from {names[0]} to {names[-1]}')
-    return max(names.index(l)//2 + 1 for l in layers)
+    return max(sum(n.startswith('conv') for n in names[:names.index(l) + 1]) for l in layers)
 
 # %% ../nbs/11_features.ipynb #8fd14d48
 def vgg_forward(convs,     # dict of 'conv1_1' -> module, from the picture inwards
                 x:Tensor,  # (B,3,H,W)
                 layers,    # names to be kept
                )->dict:    # layer name -> (B,C,h,w)
-    "Convolutions, ReLU, and max pooling before each block but the first; the layers asked for"
-    out = {}
-    for conv, module in convs.items():
-        relu = 'relu' + conv[4:]
-        if conv.endswith('_1') and conv != 'conv1_1': x = F.max_pool2d(x, 2)
+    "Convolutions, ReLU, and max pooling at the end of each block; the layers asked for"
+    out, after = {}, [name[4] for name in convs][1:] + ['']                 # the block that comes next
+    for (conv, module), block in zip(convs.items(), after):
+        relu, pool = 'relu' + conv[4:], 'pool' + conv[4]
         x = module(x)
         if conv in layers: out[conv] = x; x = F.relu(x)
         else: x = F.relu_(x)         # nobody holds the convolution's output: overwrite it
         if relu in layers: out[relu] = x
+        if block == conv[4] or not block and pool not in layers: continue   # inside a block, or at the end
+        x = F.max_pool2d(x, 2)
+        if pool in layers: out[pool] = x
     return out
 
 # %% ../nbs/11_features.ipynb #4974a8b5
@@ -145,11 +149,12 @@ class VGGFeatures(nn.Module):
         self.arch, self.layers, self.normalize, n = arch, tuple(layers), normalize, vgg_depth(layers, arch)
         state, self.source = load_vgg(weights, arch)
         convs = list(frozen_convs(state, arch, self.source).items())
-        self.available = tuple(kind + name[4:] for name, _ in convs for kind in ('conv', 'relu'))
+        self.available = tuple(l for l in vgg_layers(arch) if vgg_depth((l,), arch) <= len(convs))
         if n > len(convs):
             has = f'ends at {self.available[-1]}' if convs else f"holds none of torchvision's {arch} keys"
             raise InputError(f"{max(layers, key=vgg_layers(arch).index)} is asked for, but {self.source} {has}")
-        self.convs, self.side = nn.ModuleDict(dict(convs[:n])), 2**(int(convs[n-1][0][4]) - 1)
+        self.convs, block = nn.ModuleDict(dict(convs[:n])), int(convs[n-1][0][4])
+        self.side = 2**(block - (f'pool{block}' not in layers))
         for k, v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)):
             self.register_buffer(k, convs[0][1].weight.new_tensor(v).view(3, 1, 1), persistent=False)
 

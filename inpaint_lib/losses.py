@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADVERSARIAL', 'CONTENT_LAYERS', 'STYLE_LAYERS', 'mean_abs', 'masked_l1', 'l1_over_mean_mask', 'adversarial_loss',
-           'gradient_penalty', 'tv_loss', 'feature_matching', 'perceptual_loss', 'gram', 'style_loss', 'vgg_terms']
+           'gradient_penalty', 'tv_loss', 'feature_matching', 'perceptual_loss', 'feature_reconstruction', 'gram',
+           'style_loss', 'vgg_terms']
 
 # %% ../nbs/12_losses.ipynb #b7320a9b
 import torch
@@ -74,9 +75,15 @@ def gradient_penalty(D,                  # callable (B,...) -> scores
     return _mean((grad.flatten(1).norm(dim=1) - 1)**2)
 
 # %% ../nbs/12_losses.ipynb #3bf34a34
-def tv_loss(x:Tensor)->Tensor:
-    "Total variation, (B,C,H,W) -> scalar: mean |difference| of vertical, plus that of horizontal neighbours"
-    return mean_abs(x[..., 1:, :], x[..., :-1, :]) + mean_abs(x[..., 1:], x[..., :-1])
+def tv_loss(x:Tensor,      # (B,C,H,W)
+            where=None,    # (B,1,H,W) exactly 0 or 1: only pairs of two pixels that are 1; None: all pairs
+           )->Tensor:      # scalar, mean over **all** pairs of `x`
+    "Total variation: mean |difference| of vertical, plus that of horizontal neighbours (L_tv of Liu et al. 2018 in a region)"
+    def along(dim):
+        first, second = (lambda t: t.narrow(dim, 0, t.shape[dim] - 1)), (lambda t: t.narrow(dim, 1, t.shape[dim] - 1))
+        d = (second(x) - first(x)).abs()
+        return _mean(d if where is None else d*(second(where)*first(where)))
+    return along(-2) + along(-1)
 
 # %% ../nbs/12_losses.ipynb #4da50c1a
 def feature_matching(fake_maps,  # D's feature maps of the generated pictures, one tensor per layer
@@ -99,6 +106,16 @@ def perceptual_loss(fx:dict,       # layer -> (B,C,h,w), from `VGGFeatures`
                    )->Tensor:      # scalar
     "Weighted sum over layers of the mean |difference| of features (Johnson 2016; L_perc of Nazeri et al. 2019)"
     return sum(w*mean_abs(fx[l], fy[l]) for l, w in zip(layers, weights or [1.]*len(layers), strict=True))
+
+# %% ../nbs/12_losses.ipynb #cbd718f6
+def feature_reconstruction(fx:dict,         # layer -> (B,C,h,w), from `VGGFeatures`
+                           fy:dict,         # the same of the ground truth
+                           layers,          # of VGG
+                           scale:float=1.,  # of the features, before they are squared
+                          )->Tensor:        # scalar
+    "Sum over layers of the mean squared difference of features (L_feat of Vo et al. 2018)"
+    full = lambda f: f.to(torch.promote_types(f.dtype, torch.float32))
+    return sum(_mean((scale*(full(fx[l]) - full(fy[l])))**2) for l in layers)
 
 # %% ../nbs/12_losses.ipynb #7658db6e
 def gram(f:Tensor,   # (B,C,H,W)

@@ -36,7 +36,8 @@ class Recipe(nn.Module, abc.ABC):
     def pictures(self, batch:dict, out:dict)->dict:
         "Named pictures (B,C,H,W) for the sample rows"
         return dict(image=batch['image'], masked=batch['image']*(1-batch['mask']) + batch['mask'], pred=out['pred'], comp=out['comp'])
-    def generators(self)->dict: "Named networks that the weights file holds"; return {'G': self.G}
+    def generators(self)->dict: "Named networks that the weights file holds"; return {'generator': self.G}
+    def schedule(self, step:int, opt_G, opt_D): "Called before each update: rates may be changed here, by `step` alone"
     def optimizers(self):
         "Adam for G at config.lr and for D at config.lr * config.d2g"
         adam = lambda net, lr: torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr, betas=tuple(map(float, self.config.betas)))
@@ -121,6 +122,7 @@ class Updater:
 def _update(up, draws):
     r, shared, values = up.recipe.train(), None, {}
     r.step = up.step; _seed_device(up)
+    r.schedule(up.step, up.opt_G, up.opt_D)
     draws = [weigh(up, batches) for batches in draws]
     if r.D is not None and up.step >= r.d_from:
         for batches in draws[:r.d_steps]:

@@ -38,16 +38,18 @@ def photos_with_a_truncated_file(folder):
     return folder
 
 
-@pytest.mark.parametrize('name, cut', [('edge_connect.edge', False), ('edge_connect.inpaint', False), ('edge_connect.inpaint', True)])
+@pytest.mark.parametrize('name, cut', [('edge_connect.edge', False), ('edge_connect.inpaint', False), ('edge_connect.inpaint', True),
+                                       ('context_encoder', True), ('structural_inpainting', False), ('partial_conv', True)])
 def test_two_processes_equal_one(name, cut, tmp_path):
-    "L1 / mean(mask) divides by a statistic of the whole batch: `inpaint` fails if it is not averaged over processes first"
+    """L1 / mean(mask) divides by a statistic of the whole batch: `inpaint` fails if it is not averaged over processes first.
+    Context Encoder and partial convolution run with frozen batch norm statistics"""
     photos = photos_with_a_truncated_file(tmp_path/'photos') if cut else 'builtin'
     one = run([], name, tmp_path/'one.pt', photos)
     two = run(TORCHRUN, name, tmp_path/'two.pt', photos)
     assert (one['world'], two['world']) == (1, 2)
     for a, b in zip(one['terms'], two['terms']):
         trained = [k for k in a if not k.startswith('m_')]
-        assert len(trained) >= 4 and max(relative(a[k], b[k]) for k in trained) < 1e-9
+        assert len(trained) >= 3 and max(relative(a[k], b[k]) for k in trained) < 1e-9
     for part in ('weights', 'ema'):
         for k, v in one[part].items():
             if v.is_floating_point():

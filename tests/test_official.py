@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from inpaint_lib.core import InputError
-from inpaint_lib.official import OFFICIAL, from_official, import_edge_connect, load_pickle, unwrap
+from inpaint_lib.official import (OFFICIAL, from_official, import_context_encoder, import_edge_connect, import_partial_conv,
+                                  load_pickle, unwrap)
+from inpaint_lib.papers.context_encoder import ContextEncoder
 from inpaint_lib.papers.edge_connect import Discriminator, EdgeGenerator, InpaintGenerator
 from inpaint_lib.training import load_weights
 
@@ -172,6 +174,100 @@ def test_two_official_files_into_one_of_ours(tmp_path):
     torch.save(InpaintGenerator(width=1/16).state_dict(), tmp_path/'other.pth')
     with pytest.raises(InputError, match='expected one width'): import_edge_connect(tmp_path/'e.pth', tmp_path/'other.pth', tmp_path/'x')
     with pytest.raises(InputError, match='i.pth: edge_connect.edge_generator'): import_edge_connect(tmp_path/'i.pth', tmp_path/'e.pth', tmp_path/'x')
+    assert not (tmp_path/'x').exists()
+
+
+def port_shapes(name): return json.loads((GOLDEN/'keys'/f'{name}.json').read_text())['keys']
+
+
+def port_like(name):
+    "A port's keys and shapes, float64: small weights, batch norm statistics of a trained network's kind, mask kernels of ones"
+    rng = torch.Generator().manual_seed(0)
+    def value(key, shape):
+        if not shape: return torch.tensor(5)
+        if 'mask_conv' in key: return torch.ones(shape, dtype=torch.float64)
+        x = torch.randn(shape, generator=rng, dtype=torch.float64)
+        if key.endswith('running_var'): return .5 + x.abs()
+        if len(shape) == 1: return 1 + .1*x if key.endswith('weight') else .1*x
+        return x*(2 if name.startswith('naoto') else x[0].numel()**-.5)      # the unscaled port divides by C_in k^2 itself
+    return {k: value(k, shape) for k, shape in port_shapes(name).items()}
+
+
+def unscaled_conv(sd, name, x, mask, stride, padding):
+    "Partial convolution with a mask as deep as the features and no factor sum(1): what the port computes"
+    w, b = sd[f'{name}.conv.input_conv.weight'], sd.get(f'{name}.conv.input_conv.bias')
+    total = torch.nn.functional.conv2d(mask, sd[f'{name}.conv.mask_conv.weight'], stride=stride, padding=padding)
+    y = torch.nn.functional.conv2d(x*mask, w, stride=stride, padding=padding)/total.clamp(min=1)
+    if b is not None: y = y + b.view(1, -1, 1, 1)
+    return torch.where(total > 0, y, 0.), (total > 0).double()
+
+
+def unscaled_unet(sd, image, mask):
+    "The port's U-Net of seven levels, written out plainly; `mask` (B,3,H,W), 1 = known"
+    act, norm = torch.nn.functional, lambda n, y: torch.nn.functional.batch_norm(
+        y, *(sd[f'{n}.bn.{k}'] for k in ('running_mean', 'running_var', 'weight', 'bias')))
+    x, m, skips = image, mask, [(image, mask)]
+    for i in range(1, 8):
+        k = 7 if i == 1 else 5 if i < 4 else 3
+        x, m = unscaled_conv(sd, f'enc_{i}', x, m, 2, k//2)
+        x = act.relu(norm(f'enc_{i}', x) if i > 1 else x); skips.append((x, m))
+    for i in range(7, 0, -1):
+        up = lambda t: act.interpolate(t, scale_factor=2, mode='nearest')
+        x, m = (torch.cat([up(a), b], 1) for a, b in zip((x, m), skips[i - 1]))
+        x, m = unscaled_conv(sd, f'dec_{i}', x, m, 1, 1)
+        if i > 1: x = act.leaky_relu(norm(f'dec_{i}', x), .2)
+    return x
+
+
+def test_partial_conv_port_is_the_same_network():
+    "W/(C_in k^2): the whole network of the port, with its multi-channel masks, to rounding"
+    sd = port_like('naoto0804_PConvUNet')
+    net = from_official('partial_conv.unet', {'n_iter': 1, 'model': sd, 'optimizer': {}}).eval()
+    assert sum(p.numel() for p in net.parameters()) == 25_779_796 and next(net.parameters()).dtype == torch.float64
+    image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(1)).double()
+    hole = torch.zeros(1, 1, 128, 128).double(); hole[..., 30:80, 40:100] = 1
+    with torch.no_grad():
+        ours, theirs = net(image, hole), unscaled_unet(sd, image*(1 - hole), (1 - hole).expand(-1, 3, -1, -1))
+    assert ours.std() > 1e-3 and float((ours - theirs).abs().max()/theirs.abs().max()) < 1e-9
+
+
+def test_partial_conv_port_with_another_mask_kernel_is_refused():
+    sd = {'enc_1.conv.input_conv.weight': torch.ones(4, 3, 7, 7), 'enc_1.conv.mask_conv.weight': torch.full((4, 3, 7, 7), .5)}
+    with pytest.raises(InputError, match='enc_1.conv.mask_conv.weight is not all ones'): from_official('partial_conv.unet', sd)
+
+
+@pytest.mark.parametrize('old', [True, False], ids=['2017', 'now'])
+def test_context_encoder_port(old):
+    "Every key of the port, with and without the counters that batch norm had not yet in 2017"
+    sd = {k: v for k, v in port_like('boyuanjiang_netG').items() if not (old and 'num_batches' in k)}
+    assert len(sd) == (47 if old else 56)
+    net = from_official('context_encoder.generator', {'epoch': 3, 'state_dict': sd}).eval()
+    assert sum(p.numel() for p in net.parameters()) == 71_124_544
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in sd.items())
+    with torch.no_grad(): out = net(torch.rand(1, 3, 128, 128).double()*2 - 1)
+    assert out.shape == (1, 3, 64, 64) and out.abs().max() <= 1
+
+
+@pytest.mark.parametrize('region, bias, size', [('center', True, 64), ('random', False, 128), ('random', True, 128)])
+def test_context_encoder_of_any_shape(region, bias, size):
+    G, x = ContextEncoder(1/16, bottleneck=12, region=region, bias=bias).eval(), torch.rand(2, 3, 128, 128)
+    back = from_official('context_encoder.generator', G.state_dict()).eval()
+    assert torch.equal(back(x), G(x)) and back(x).shape[-1] == size
+
+
+def test_ports_into_weights_files_that_fill(tmp_path):
+    from inpaint_lib.inference import load_inpainter
+    from inpaint_lib.papers.partial_conv import PConvUNet
+    image, mask = torch.rand(3, 140, 150), torch.zeros(140, 150, dtype=torch.bool); mask[40:70, 50:90] = True
+    torch.save({'epoch': 3, 'state_dict': ContextEncoder(1/16, bottleneck=8, region='random').state_dict()}, tmp_path/'netG.pth')
+    torch.save({'n_iter': 4, 'model': {k.replace('.conv.', '.conv.input_conv.'): v for k, v in PConvUNet(1/16, n_layers=5).state_dict().items()}},
+               tmp_path/'unet.pth')
+    for method, make, file in (('context_encoder', import_context_encoder, 'netG.pth'), ('partial_conv', import_partial_conv, 'unet.pth')):
+        meta = make(tmp_path/file, tmp_path/f'{method}.safetensors')
+        assert meta['method'] == method and meta['steps'] in (3, 4)
+        filled = load_inpainter(method, tmp_path/f'{method}.safetensors', 'cpu')(image, mask).image
+        assert torch.equal(filled[:, ~mask], image[:, ~mask]) and not torch.equal(filled, image)
+    with pytest.raises(InputError, match='netG.pth: '): import_partial_conv(tmp_path/'netG.pth', tmp_path/'x')
     assert not (tmp_path/'x').exists()
 
 

@@ -1,4 +1,5 @@
-"""Three updates in float64, in one process or under torchrun; process 0 writes terms and weights to the given file."""
+"""Three updates in float64, in one process or under torchrun; process 0 writes terms and weights to the given file.
+Batch norm keeps its first statistics: each process would have its own."""
 import os
 import sys
 
@@ -19,10 +20,12 @@ class Double(images.PhotoDataset):
         return item if isinstance(item, images.Skipped) else {k: v.double() if torch.is_tensor(v) else v for k, v in item.items()}
 
 
-config = dict(vgg_weights='none') if 'inpaint' in name else {}
-recipe, run, data = recipes.build(name, 'tiny', config=config | dict(width=.1),
-                                  run=dict(steps=3, batch_size=4, device='cpu', ema=.5, save_every=3))
-dataset = Double(images.open_source(photos), 32, masks.mask_sampler('bins'))
+config = dict(width=.1) | (dict(vgg_weights='none') if recipes.RECIPES[name].vgg else {}) | (dict(joint_from=1) if 'structural' in name else {})
+recipe, run, data = recipes.build(name, 'tiny', config=config, run=dict(steps=3, batch_size=4, device='cpu', ema=.5, save_every=3))
+size = 32 if 'edge_connect' in name else data.size
+dataset = Double(images.open_source(photos), size, masks.mask_sampler(data.masks, **data.mask_options))
+for m in recipe.modules():
+    if isinstance(m, torch.nn.BatchNorm2d): m.train = lambda mode=True, m=m: torch.nn.Module.train(m, False)
 up = training.Updater(recipe.double(), run)
 stream = training._batches(up, dataset)
 terms = [up.update(next(stream)) for _ in range(3)]
