@@ -179,18 +179,18 @@ def evaluate(args):
     execute(nb, out, parameters(nb, given | dict(data_dir=_absolute('data_dir', args.data), out_dir=str(out)), args.p))
 
 # %% ../nbs/34_cli.ipynb #0c0d52d3
-FILES = {'edge_connect': ('EdgeModel_gen.pth', 'InpaintingModel_gen.pth')}   # official files of each method, in order
+FILES = {'edge_connect': ('EdgeModel_gen.pth', 'InpaintingModel_gen.pth'),   # official files of each method, in order
+         'context_encoder': ('netG.pth',), 'partial_conv': ('unet.pth',)}    # or the names that their PyTorch ports give them
 
 def import_(args):
     "Official checkpoints into one weights file of ours"
     from inpaint_lib.core import InputError
-    from inpaint_lib.official import import_edge_connect
-    importers = {'edge_connect': import_edge_connect}
-    if args.method not in importers: raise InputError(f"no official files known for '{args.method}'; expected one of {', '.join(importers)}")
+    from inpaint_lib.official import IMPORTS
+    if args.method not in IMPORTS: raise InputError(f"no official files known for '{args.method}'; expected one of {', '.join(IMPORTS)}")
     names = FILES[args.method]
     if len(args.files) != len(names): raise InputError(f"{args.method}: {len(args.files)} files; expected {len(names)}: {' '.join(names)}")
     if Path(args.out).suffix != '.safetensors': raise InputError(f'{args.out}: expected a name that ends in .safetensors')
-    meta = importers[args.method](*args.files, args.out)
+    meta = IMPORTS[args.method](*args.files, args.out)
     print(f"{args.out}: {args.method}, width {meta['config']['width']:g}")
 
 # %% ../nbs/34_cli.ipynb #ef033962

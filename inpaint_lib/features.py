@@ -37,7 +37,8 @@ def vgg_layers(arch:str='vgg19')->list:
     "All layer names, from the picture inwards: 'conv1_1', 'relu1_1', 'conv1_2', 'relu1_2', 'pool1', ..."
     names = [name for name, *_ in vgg_convs(arch)]
     ends = [a[0] != b[0] for a, b in zip(names, [*names[1:], 'end'])]       # the last convolution of its block?
-    return [l for name, end in zip(names, ends) for l in ('conv' + name, 'relu' + name) + (f'pool{name[0]}',)*end]
+    return [l for name, end in zip(names, ends)
+            for l in ('conv' + name, 'relu' + name) + (f'pool{name[0]}',)*end]
 
 def vgg_shapes(arch:str='vgg19')->dict:
     "Keys and shapes of the weights in torchvision's files: 'features.0.weight' -> (64,3,3,3), ..."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSLESS', 'LOSSY', 'METHODS', 'upright', 'open_stored', 'settle', 'colours', 'paste_samples', 'paste', 'padded',
-           'read_mask', 'run_fill', 'Result', 'Inpainter', 'check_suffix', 'save_result', 'edge_connect', 'Method',
-           'check_options', 'header', 'lacks', 'weights_method', 'weights_stage', 'find_weights', 'available',
-           'load_inpainter']
+           'read_mask', 'run_fill', 'Result', 'Inpainter', 'check_suffix', 'save_result', 'Fill', 'edge_connect',
+           'context_encoder', 'structural_inpainting', 'partial_conv', 'Method', 'check_options', 'header', 'lacks',
+           'weights_method', 'weights_stage', 'find_weights', 'available', 'load_inpainter']
 
 # %% ../nbs/31_inference.ipynb #a44f55b0
 import dataclasses, json, math, re, warnings
@@ -21,6 +21,7 @@ from torch import Tensor
 from .core import InputError, atomic_write, checkout, pick_device
 from .data.images import to_uint8
 from .data.masks import check_mask, load_mask
+from .papers import classical, context_encoder as ce, partial_conv as pc, structural_inpainting as si
 from .papers.edge_connect import EdgeGenerator, InpaintGenerator, fill
 from .training import load_weights
 
@@ -243,6 +244,14 @@ def _same(a, b):
     if isinstance(b, np.ndarray) and isinstance(a, Image.Image): b = Image.fromarray(b.squeeze())
     return mode(a) == mode(b) and np.array_equal(np.asarray(a), np.asarray(b))
 
+# %% ../nbs/31_inference.ipynb #1b9a0dc6
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    "A method, ready to use"
+    run:callable      # (image (B,3,H,W) in [0,1], hole blanked; mask (B,1,H,W)) -> dict with 'pred'
+    multiple:int=8    # sides must be multiples of this,
+    smallest:int=16   # and at least this
+
 # %% ../nbs/31_inference.ipynb #0283dd96
 def _filled(net, state, path):
     "`net` with the tensors of a weights file, for evaluation; `InputError` when they don't fit"
@@ -265,20 +274,64 @@ def edge_connect(nets:dict, meta:dict, *, device, path='weights', composite_edge
     G1 = _filled(EdgeGenerator(width=w1, use_spectral_norm=sn), nets['edge'], path).to(device)
     G2 = _filled(InpaintGenerator(width=_width(nets['inpaint'], path)[0]), nets['inpaint'], path).to(device)
     sigma = float(meta.get('config', {}).get('sigma', 2.)) or 2.
-    return lambda image, mask: fill(G1, G2, image, mask, sigma=sigma, composite_edges=composite_edges)
+    return Fill(lambda image, mask: fill(G1, G2, image, mask, sigma=sigma, composite_edges=composite_edges))
+
+# %% ../nbs/31_inference.ipynb #0fe4a970
+def _config(kind, meta, path):
+    "The config of a weights file as its dataclass; fields that this version does not know are left out"
+    known, given = {f.name for f in dataclasses.fields(kind)}, meta.get('config')
+    if not isinstance(given, dict): raise InputError(f'{path}: says nothing about the config of its training; expected weights written by inpaint_lib')
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known})
+
+def context_encoder(nets:dict, meta:dict, *, device, path='weights'):
+    "Context Encoder (Pathak et al. 2016): 128x128 windows around the hole. Networks for the centre alone fill others with a warning"
+    c, state = _config(ce.ContextEncoderConfig, meta, path), nets['generator']
+    G = ce.ContextEncoder(c.width, bottleneck=c.bottleneck, region=c.region, bias='main.0.bias' in state)
+    G = _filled(G, state, path).to(device)
+    return Fill(lambda image, mask: ce.fill(G, image, mask, fill=c.fill, overlap=c.overlap), 1, 1)
+
+# %% ../nbs/31_inference.ipynb #262a2ef6
+def structural_inpainting(nets:dict, meta:dict, *, device, path='weights'):
+    "Structural Inpainting (Vo et al. 2018): as Context Encoder, trained with features"
+    c = _config(si.StructuralInpaintingConfig, meta, path)
+    G = _filled(si.StructuralEncoder(c.width, bottleneck=c.bottleneck, region=c.region), nets['generator'], path).to(device)
+    return Fill(lambda image, mask: si.fill(G, image, mask, hole_value=c.hole_value), 1, 1)
+
+def partial_conv(nets:dict, meta:dict, *, device, path='weights'):
+    "Partial convolution (Liu et al. 2018): a U-Net that looks at known pixels only; views show its masks close"
+    c = _config(pc.PartialConvConfig, meta, path)
+    net = _filled(pc.PConvUNet(c.width, n_layers=c.n_layers), nets['generator'], path).to(device)
+    side = 2**c.n_layers
+    return Fill(lambda image, mask: pc.fill(net, image, mask), side, side)
+
+# %% ../nbs/31_inference.ipynb #09ff630b
+def _classical(fill, **defaults):
+    "The builder of a filler without learning, with its options"
+    def build(nets, meta, *, device, **options):
+        return Fill(lambda image, mask: fill(image.cpu(), mask.cpu(), **defaults | options), 1, 1)
+    return build
 
 # %% ../nbs/31_inference.ipynb #11081f92
 @dataclasses.dataclass(frozen=True)
 class Method:
     "A way to fill holes"
-    build:callable    # (nets, meta, device=, path=, **options) -> fill(image, mask)
+    build:callable    # (nets, meta, device=, path=, **options) -> Fill
     paper:str         # where it comes from
     nets:tuple = ()   # networks that its weights file must hold
     train:str = ''    # the command that trains one
     options:dict = dataclasses.field(default_factory=dict)   # what may be chosen when filling: name -> default
 
-METHODS = {'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo',
-                                  options=dict(composite_edges=True))}
+_train = lambda name: f'inpaint train {name} --preset tiny -p data_dir PHOTOS'
+METHODS = {
+    'context_encoder': Method(context_encoder, 'Pathak et al. 2016, CVPR', ('generator',), _train('context_encoder')),
+    'structural_inpainting': Method(structural_inpainting, 'Vo et al. 2018, arXiv 1803.10348', ('generator',), _train('structural_inpainting')),
+    'partial_conv': Method(partial_conv, 'Liu et al. 2018, arXiv 1804.07723', ('generator',), _train('partial_conv')),
+    'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo', options=dict(composite_edges=True)),
+    'copy_mean': Method(_classical(classical.copy_mean), 'no paper: the mean of the known pixels'),
+    'telea': Method(_classical(classical.telea), 'Telea 2004 (OpenCV)', options=dict(radius=3.)),
+    'navier_stokes': Method(_classical(classical.navier_stokes), 'Bertalmio et al. 2001 (OpenCV)', options=dict(radius=3.)),
+    'biharmonic': Method(_classical(classical.biharmonic), 'biharmonic equation (scikit-image)'),
+    'patch': Method(_classical(classical.patch), 'Barnes et al. 2009, Wexler et al. 2007', options=dict(patch_size=7, seed=0))}
 
 # %% ../nbs/31_inference.ipynb #f069b122
 def check_options(method:str, given:dict)->dict:  # name -> value, or the word for it: 'false', '2.5'
@@ -315,14 +368,17 @@ def lacks(path, method:str)->str:
 def weights_method(path)->str:
     "Which method a weights file, or the folder of a run, belongs to; `InputError` when it is none of METHODS"
     path = _file(path)
-    for method in METHODS:
-        if not (why := lacks(path, method)): return method
-    raise InputError(f"{path}: {why}; expected weights of one of {', '.join(METHODS)}")
+    whys = {method: lacks(path, method) for method, m in METHODS.items() if m.nets}
+    for method, why in whys.items():
+        if not why: return method
+    try: own = header(path)[1].get('method')
+    except ValueError: own = None
+    raise InputError(f"{path}: {whys.get(own) or why}; expected weights of one of {', '.join(whys)}")
 
 def weights_stage(path)->str:
     "The recipe of a weights file (or of a run's folder) that can't fill on its own, such as 'edge_connect.edge'; else ''"
     path = _file(path)
-    if not all(lacks(path, method) for method in METHODS): return ''
+    if not all(lacks(path, method) for method, m in METHODS.items() if m.nets): return ''
     try: return header(path)[1].get('recipe', '')
     except ValueError: return ''
 
@@ -378,8 +434,9 @@ def load_inpainter(method:str='edge_connect',  # a key of METHODS
     that are missing, damaged or of another method."""
     if method not in METHODS: raise InputError(f"no method '{method}'; expected one of {', '.join(METHODS)}")
     options, m, device = check_options(method, options), METHODS[method], pick_device(device)
-    if not m.nets: return Inpainter(m.build({}, {}, device=device, **options), device=device)
+    ready = lambda f, **kw: Inpainter(f.run, device=device, multiple=f.multiple, smallest=f.smallest, **kw)
+    if not m.nets: return ready(m.build({}, {}, device=device, **options))
     path = _file(checkpoint) if checkpoint else find_weights(method)
     if (why := lacks(path, method)): raise InputError(f'{path}: {why}; expected weights of {method} with {" and ".join(m.nets)}')
     nets, meta = load_weights(path)
-    return Inpainter(m.build(nets, meta, device=device, path=path, **options), device=device, source=_short(path), meta=meta)
+    return ready(m.build(nets, meta, device=device, path=path, **options), source=_short(path), meta=meta)

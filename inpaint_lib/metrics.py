@@ -175,21 +175,21 @@ def summarize_metrics(rows,      # list of dict: 'bin' and scalars; other entrie
             if v: out[b][k] = dict(zip(('mean', 'lo', 'hi'), bootstrap_ci(v, n=n, seed=seed, level=level)), n=len(v))
     return out
 
-# %% ../nbs/13_metrics.ipynb #a8d1a896
+# %% ../nbs/13_metrics.ipynb #e1851781
 def paired_bootstrap(a,         # (seeds, pictures): a measure of method A
                      b,         # (seeds, pictures): of method B, same seeds and pictures
                      *, n=2000,  # how many resamples
                      seed=0, level=.95,
                     )->tuple:   # mean of a - b, low end, high end
-    """Paired difference with an interval over seeds and pictures, both drawn with replacement. Pictures without a value (NaN in
-    every row of both) are left out; `InputError` for other shapes, and for infinite or undefined values"""
+    "Paired difference with an interval over seeds and pictures. Pictures undefined in all rows are left out; else `InputError`"
     a, b = (np.asarray(x, float) for x in (a, b))
     if a.shape != b.shape or a.ndim != 2:
         raise InputError(f'values of shape {a.shape} and {b.shape}; expected the same (seeds, pictures)')
     d = a - b
     d = d[:, ~(np.isnan(a) & np.isnan(b)).all(0)]
     bad = int((~np.isfinite(d)).sum())
-    if bad or not d.size: raise InputError(f'{bad} of {d.size} differences are infinite or undefined; expected at least one, all finite')
+    if bad or not d.size:
+        raise InputError(f'{bad} of {d.size} differences are infinite or undefined; expected at least one, all finite')
     rng, (S, P) = keyed_rng(seed, 'paired bootstrap'), d.shape
     rows, columns = (rng.multinomial(k, np.full(k, 1/k), n)/k for k in (S, P))      # how often each one is drawn, over k
     low, high = np.quantile(((rows @ d)*columns).sum(1), [(1 - level)/2, (1 + level)/2])
