@@ -52,7 +52,7 @@ def test_activations_equal_the_golden(he):
 
 
 def test_only_what_is_needed_is_built(he):
-    for layer, n in (('conv1_1', 1), ('relu3_1', 5), ('relu3_4', 8), ('relu5_4', 16)):
+    for layer, n in (('conv1_1', 1), ('relu3_1', 5), ('relu3_4', 8), ('pool3', 8), ('relu5_4', 16), ('pool5', 16)):
         assert len(VGGFeatures(layers=(layer,), weights=he).convs) == n
     assert len(VGGFeatures('vgg16', ('relu3_1',), fill(vgg_shapes('vgg16'), 'he')).convs) == 5
     assert len(vgg_convs('vgg16')) == 13
@@ -105,17 +105,17 @@ def test_normalize_is_explicit(he):
 
 def test_partial_file(partial_file, he):
     vgg = VGGFeatures(layers=('relu1_1', 'relu3_4'), weights=str(partial_file))
-    assert vgg.available == tuple(vgg_layers()[:16]) and vgg.source == str(partial_file)
+    assert vgg.available == tuple(vgg_layers()[:8*2 + 3]) and vgg.source == str(partial_file)
     assert torch.equal(vgg.convs['conv3_4'].weight, he['features.16.weight'].half().float())
     with pytest.raises(InputError) as e: VGGFeatures(layers=EDGE_CONNECT_LAYERS, weights=partial_file)
-    assert 'relu5_2' in str(e.value) and 'ends at relu3_4' in str(e.value) and partial_file.name in str(e.value)
+    assert 'relu5_2' in str(e.value) and 'ends at pool3' in str(e.value) and partial_file.name in str(e.value)
     assert '\n' not in str(e.value)
 
 
 def test_pth_file(tmp_path, he):
     path = tmp_path/'vgg.pth'
     torch.save({k: v for k, v in he.items() if int(k.split('.')[1]) <= 2} | {'classifier.0.bias': torch.ones(1)}, path)
-    assert VGGFeatures(layers=('relu1_2',), weights=path).available[-1] == 'relu1_2'
+    assert VGGFeatures(layers=('relu1_2',), weights=path).available[-1] == 'pool1'
 
 
 class Evil:
@@ -134,10 +134,10 @@ def test_files_that_are_refused(tmp_path, capsys, he):
     assert 'ran' not in capsys.readouterr().out
     says("holds none of torchvision's vgg19 keys", {'conv.weight': torch.ones(1)})
     says(r'features.0.weight is \(1, 3, 3, 3\); vgg19 has \(64, 3, 3, 3\)', he | {'features.0.weight': torch.ones(1, 3, 3, 3)})
-    says('relu4_1 is asked for, but the given state dict ends at relu3_3', he, arch='vgg16', layers=('relu4_1',))
+    says('relu4_1 is asked for, but the given state dict ends at pool3', he, arch='vgg16', layers=('relu4_1',))
 
 def test_arguments_that_are_refused(he):
-    for kw, pattern in ((dict(layers=('relu6_1',)), "asked for 'relu6_1'; expected names from conv1_1 to relu5_4"),
+    for kw, pattern in ((dict(layers=('relu6_1',)), "asked for 'relu6_1'; expected names from conv1_1 to pool5"),
                         (dict(layers=()), 'no layer at all'), (dict(layers=('relu3_4',), arch='vgg16'), 'relu3_4'),
                         (dict(arch='resnet'), "no VGG called 'resnet'; expected one of vgg16, vgg19")):
         with pytest.raises(InputError, match=pattern): VGGFeatures(weights=he, **kw)
@@ -160,3 +160,29 @@ def test_import_stays_light():
     code = "import sys, inpaint_lib.features, inpaint_lib.layers, inpaint_lib.losses; print([m for m in " \
            "('torchvision', 'torchmetrics', 'matplotlib', 'fastcore', 'nbdev', 'skimage') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('arch', ['vgg16', 'vgg19'])
+def test_pools_are_torchvisions(arch):
+    "The three cuts that partial convolution's losses use, and the two behind them, against torchvision's module list"
+    import torchvision
+    state = {k: v.float() for k, v in fill(vgg_shapes(arch), 'he').items()}
+    net = getattr(torchvision.models, arch)(weights=None).features
+    net.load_state_dict({k.removeprefix('features.'): v for k, v in state.items()})
+    x, pools = sine((1, 3, 32, 32)).float(), [f'pool{b}' for b in range(1, 6)]
+    f, want = VGGFeatures(arch, pools, state)(x), []
+    with torch.no_grad():
+        for m in net:
+            x = m(x)
+            if isinstance(m, torch.nn.MaxPool2d): want.append(x.clone())
+    assert list(f) == pools and all(torch.equal(a, b) for a, b in zip(f.values(), want, strict=True))
+
+
+def test_a_pool_needs_its_whole_block(he):
+    part = {k: v for k, v in he.items() if int(k.split('.')[1]) <= 14}                 # ends at conv3_3 of four
+    assert VGGFeatures(layers=('pool2', 'relu3_3'), weights=part).available[-1] == 'relu3_3'
+    with pytest.raises(InputError, match='pool3 is asked for, but the given state dict ends at relu3_3'):
+        VGGFeatures(layers=('pool3',), weights=part)
+    with pytest.raises(InputError, match=r'sides of 8 or more'):
+        VGGFeatures(layers=('pool3',), weights=he)(torch.rand(1, 3, 7, 8))
+    assert VGGFeatures(layers=('pool3',), weights=he)(torch.rand(1, 3, 8, 8))['pool3'].shape == (1, 256, 1, 1)

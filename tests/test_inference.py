@@ -17,7 +17,7 @@ from inpaint_lib.inference import (Inpainter, METHODS, colours, find_weights, la
                                    save_result, settle, upright, weights_method)
 from inpaint_lib.papers.edge_connect import EdgeConnectConfig, EdgeGenerator, InpaintGenerator
 from inpaint_lib.training import save_weights
-from tiny_weights import save_tiny
+from tiny_weights import save_tiny, save_untrained
 
 H, W = 45, 58
 RNG = np.random.default_rng(0)
@@ -271,7 +271,7 @@ def test_weights_that_do_not_serve(tmp_path, weights):
     with pytest.raises(InputError, match='no such file'): load_inpainter('edge_connect', tmp_path/'none.safetensors')
     (tmp_path/'EdgeModel_gen.pth').write_bytes(b'x')
     with pytest.raises(InputError, match='inpaint import'): load_inpainter('edge_connect', tmp_path/'EdgeModel_gen.pth')
-    with pytest.raises(InputError, match='expected one of edge_connect'): load_inpainter('magic')
+    with pytest.raises(InputError, match='expected one of context_encoder'): load_inpainter('magic')
 
 
 def test_tensors_of_other_shapes_are_told(tmp_path):
@@ -324,3 +324,69 @@ def test_options_of_a_method(tmp_path):
     for wrong, says in ((dict(composit=False), "no option 'composit'; expected one of: composite_edges (True)"),
                         (dict(composite_edges='perhaps'), "composite_edges is 'perhaps', expected bool"), (dict(composite_edges=None), 'expected bool')):
         with pytest.raises(InputError, match=re.escape(says)): load_inpainter('edge_connect', path, 'cpu', **wrong)
+
+
+RECIPE = {'context_encoder': 'context_encoder', 'structural_inpainting': 'structural_inpainting', 'partial_conv': 'partial_conv'}
+
+
+@pytest.fixture(scope='module')
+def every(tmp_path_factory):
+    "method -> inpainter, networks untrained"
+    d = tmp_path_factory.mktemp('every')
+    made = {m: load_inpainter(m, save_untrained(d/f'{m}.safetensors', r), 'cpu') for m, r in RECIPE.items()}
+    made['edge_connect'] = load_inpainter('edge_connect', save_tiny(d/'edge_connect.safetensors'), 'cpu')
+    return made | {m: load_inpainter(m, device='cpu') for m, entry in METHODS.items() if not entry.nets}
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('shape', [(45, 58), (150, 133), (20, 300)], ids=str)
+def test_every_method_fills_any_size_and_only_the_hole(method, shape, every):
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    hole = np.zeros(shape, bool); hole[5:16, 20:shape[1] - 10] = True; hole[-3:, :4] = True
+    r = every[method](image, hole)
+    assert r.image.shape == image.shape and r.image.dtype == np.uint8 and (r.image[~hole] == image[~hole]).all()
+    assert r.pred.shape == (3, *shape) and r.pred.isfinite().all() and 0 <= r.pred.min() and r.pred.max() <= 1
+    for v in r.views.values(): assert v.shape[1:] == shape and v.shape[0] in (1, 3) and 0 <= v.min() and v.max() <= 1
+    again = every[method](np.where(hole[..., None], 255 - image, image), hole)        # what lies under the hole
+    assert np.array_equal(again.image, r.image)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_takes_a_batch_picture_by_picture(method, every):
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    hole = torch.zeros(2, 1, 64, 64); hole[0, :, 10:30, 10:30] = 1; hole[1, :, 20:50, 40:64] = 1
+    both = every[method](image, hole).image
+    for i in range(2): assert (every[method](image[i], hole[i]).image - both[i]).abs().max() < 1e-4
+
+
+def test_views_show_how_the_mask_closes(every):
+    image, hole = np.full((128, 128, 3), 90, np.uint8), np.zeros((128, 128), bool)
+    hole[40:90, 30:100] = True
+    views = every['partial_conv'](image, hole).views
+    left = [float(v.sum()) for k, v in views.items() if k.startswith('mask after')]
+    assert len(left) == 6 and left[0] < hole.sum() and all(a >= b for a, b in zip(left, left[1:])) and left[-1] == 0
+    assert any(k.startswith('features after') for k in views)
+
+
+def test_centre_networks_say_when_a_mask_is_out_of_protocol(tmp_path):
+    fill = load_inpainter('context_encoder', save_untrained(tmp_path/'w.safetensors', 'context_encoder.center'), 'cpu')
+    image, inside, beyond = np.full((128, 128, 3), 90, np.uint8), np.zeros((128, 128), bool), np.zeros((128, 128), bool)
+    inside[36:92, 36:92] = True; beyond[10:120, 30:50] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert (fill(image, inside).image[~inside] == 90).all()
+    with pytest.warns(UserWarning, match='protocol') as told: fill(image, beyond)
+    assert all('\n' not in str(t.message) for t in told)
+
+
+def test_weights_without_their_config_or_of_another_shape(tmp_path):
+    path = save_untrained(tmp_path/'w.safetensors', 'partial_conv')
+    from inpaint_lib.training import load_weights
+    nets, meta = load_weights(path)
+    save_weights(tmp_path/'bare.safetensors', nets, dict(method='partial_conv'))
+    with pytest.raises(InputError, match='bare.safetensors: says nothing about the config'): load_inpainter('partial_conv', tmp_path/'bare.safetensors')
+    save_weights(tmp_path/'other.safetensors', nets, dict(method='partial_conv', config=meta['config'] | dict(width=.125)))
+    with pytest.raises(InputError, match='do not fit PConvUNet') as e: load_inpainter('partial_conv', tmp_path/'other.safetensors')
+    assert '\n' not in str(e.value)
+    with pytest.raises(InputError, match="weights of 'partial_conv'; expected weights of context_encoder"):
+        load_inpainter('context_encoder', path)

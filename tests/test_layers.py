@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from inpaint_lib.core import InputError
-from inpaint_lib.layers import ResnetBlock, init_weights, maybe_spectral_norm, spectral_norm
+from inpaint_lib.layers import ResnetBlock, channels, init_weights, maybe_spectral_norm, spectral_norm
 
 MAKERS = {'conv': lambda: nn.Conv2d(4, 6, 3, dilation=2), 'transposed': lambda: nn.ConvTranspose2d(4, 6, 4, 2, 1),
           'no bias': lambda: nn.Conv2d(4, 6, 4, 2, 1, bias=False)}
@@ -121,3 +121,9 @@ def test_init_reaches_every_weight(sn):
         else: assert abs(p.std() - .02) < .001 and abs(p.mean()) < .002, name
     init_weights(net, std=.5)
     assert all(abs(p.std() - .5) < .03 for n, p in net.named_parameters() if 'weight' in n)
+
+
+def test_channels():
+    assert [channels(n, w) for n, w in ((64, 1), (64, .25), (3, .01), (512, .125))] == [64, 16, 1, 64]
+    for bad in (0, -1, float('nan')):
+        with pytest.raises(InputError, match='expected a number above 0'): channels(64, bad)

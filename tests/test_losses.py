@@ -9,7 +9,8 @@ import torch
 
 from inpaint_lib.core import InputError
 from inpaint_lib.features import VGGFeatures, vgg_shapes
-from inpaint_lib.losses import (ADVERSARIAL, CONTENT_LAYERS, STYLE_LAYERS, adversarial_loss, feature_matching, gram,
+from inpaint_lib.losses import (ADVERSARIAL, CONTENT_LAYERS, STYLE_LAYERS, adversarial_loss, feature_matching,
+                                feature_reconstruction, gram,
                                 gradient_penalty, l1_over_mean_mask, masked_l1, mean_abs, perceptual_loss, style_loss,
                                 tv_loss, vgg_terms)
 
@@ -216,3 +217,38 @@ def test_gram():
     f = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(gram(f), torch.einsum('bchw,bdhw->bcd', f, f)/60)
     assert gram(f.bfloat16()).dtype == torch.float32
+
+
+def test_tv_in_a_region_counts_pairs_inside_it_only():
+    x = torch.rand(2, 3, 6, 7, dtype=torch.float64)
+    where = (torch.rand(2, 1, 6, 7) > .4).double()
+    total = [0., 0.]
+    for b, c, i, j in ((b, c, i, j) for b in range(2) for c in range(3) for i in range(6) for j in range(7)):
+        for k, (y, z) in enumerate(((i + 1, j), (i, j + 1))):
+            if y < 6 and z < 7 and where[b, 0, i, j]*where[b, 0, y, z]: total[k] += abs(x[b, c, y, z] - x[b, c, i, j]).item()
+    equal(tv_loss(x, where), total[0]/(2*3*5*7) + total[1]/(2*3*6*6))
+    assert tv_loss(x, torch.ones_like(where)) == tv_loss(x) and tv_loss(x, 0*where) == 0
+    assert tv_loss(x[:, :, :1, :1].expand(-1, -1, 4, 4)) == 0
+
+
+def test_tv_in_a_region_gradient_and_half_precision():
+    x = torch.rand(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    where = torch.zeros(1, 1, 5, 5, dtype=torch.float64); where[..., 1:4, 1:4] = 1
+    grad, = torch.autograd.grad(tv_loss(x, where), x)
+    assert (grad*(1 - where) == 0).all() and grad.abs().sum() > 0
+    assert torch.autograd.gradcheck(lambda x: tv_loss(x, where), x)
+    half = tv_loss(x.bfloat16(), where.bfloat16())
+    assert half.dtype == torch.float32 and abs(half - tv_loss(x, where)) < .02
+
+
+def test_feature_reconstruction(vgg, pictures):
+    fx, fy = (vgg(p) for p in pictures[:2])
+    layers = ('relu1_1', 'relu2_1', 'relu3_1')
+    want = sum(torch.nn.functional.mse_loss(fx[l]/255, fy[l]/255).item() for l in layers)
+    equal(feature_reconstruction(fx, fy, layers, 1/255), want)
+    assert feature_reconstruction(fx, fx, layers) == 0
+    big = {'a': torch.full((1, 1, 2, 2), 300.).half()}
+    loss = feature_reconstruction(big, {'a': 0*big['a']}, ('a',))
+    assert loss == 300**2 and loss.dtype == torch.float32                               # no float16 holds 90,000
+    f = torch.rand(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: feature_reconstruction({'a': f}, {'a': torch.zeros_like(f)}, ('a',), .5), f)

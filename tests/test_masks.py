@@ -10,8 +10,9 @@ from PIL import Image
 
 from inpaint_lib.core import InputError, keyed_rng
 from inpaint_lib.data.masks import (
-    DRAWN_MASKS, FILE_MASKS, HOLE_BINS, MASK_KINDS, MaskFolder, MaskWarning, bin_of, block_mask, center_mask, check_mask,
-    free_form, half_mask, hole_ratio, load_mask, mask_sampler, sample_bin_mask, touches_border)
+    DRAWN_MASKS, FILE_MASKS, HOLE_BINS, MASK_KINDS, MaskFolder, MaskWarning, PartialConvMasks, _grown, _view, bin_of, block_mask,
+    center_mask, check_mask, composite, dilate, fill_hole, free_form, half_mask, hole_ratio, load_mask, mask_sampler, random_region,
+    sample_bin_mask, touches_border)
 
 
 def one_line(f, *args, **kw):
@@ -215,3 +216,95 @@ def test_kinds_refuse(folder):
     assert "'bin'" in one_line(mask_sampler, 'bin')
     assert 'thresh' in one_line(mask_sampler, 'edge_connect4', folder=folder, thresh=0)
     assert 'no hole-ratio bin 9' in one_line(mask_sampler('bin', bin=9), keyed_rng(0), 0, 32)
+
+
+# ---- context encoder, partial convolution
+
+def test_context_encoder_centre():
+    for overlap, side in (4, 56), (7, 50), (0, 64):
+        m = mask_sampler('context_encoder', overlap=overlap)(None, 0, 128)
+        assert m.sum() == side**2 and m[64 - side//2:64 + side//2, 64 - side//2:64 + side//2].all()
+    for bad in -1, 32: assert 'expected 0 to 31' in one_line(mask_sampler('context_encoder', overlap=bad), None, 0, 128)
+
+
+@pytest.mark.parametrize('size', [16, 64, (48, 80), 128])
+def test_random_regions(size):
+    seen = {random_region(keyed_rng(3, i), size).tobytes() for i in range(20)}
+    for i in range(20):
+        m = random_region(keyed_rng(3, i), size)
+        assert m.dtype == bool and .2 < m.mean() < .3 and m.shape == ((size, size) if isinstance(size, int) else size)
+    assert len(seen) == 20
+    assert 'expected a larger picture' in one_line(random_region, keyed_rng(0), 1)
+
+
+def test_random_regions_scale_with_the_picture():
+    "The same draw at twice the size is the same pattern, twice as large"
+    for i in range(5):
+        small, large = (random_region(keyed_rng(0, i), s, ratio=(-1, 2)) for s in (64, 128))
+        assert (small != large[::2, ::2]).mean() < .05
+
+
+def test_views_are_the_mask_moved():
+    hole = free_form(keyed_rng(0, 5), (48, 64))
+    still = [_view(hole, keyed_rng(1, i), (48, 64), crop=1, shift=0, rotate=False) for i in range(20)]
+    kinds = ['same' if (m == hole).all() else 'mirrored' if (m == hole[:, ::-1]).all() else 'other' for m in still]
+    assert set(kinds) == {'same', 'mirrored'}
+    block = center_mask(96, 32)
+    areas = [_view(block, keyed_rng(1, i), 96, crop=.5, shift=0, rotate=True).sum()/32**2 for i in range(40)]
+    assert .95 < min(areas) < 1.5 and 2.5 < max(areas) < 4.1                          # a window of 1 to 1/2 of the side
+
+
+def test_growing():
+    dot = np.zeros((512, 512), bool); dot[200, 300] = True
+    sides = {int(_grown(keyed_rng(0, i), dot, (9, 49)).sum()**.5) for i in range(70)}
+    assert min(sides) == 9 and max(sides) == 49
+    small = np.zeros((64, 64), bool); small[30, 30] = True
+    assert _grown(keyed_rng(0), small, (49, 49)).sum() == 7**2                        # 24 pixels of 512 are 3 of 64
+    all_but_one = np.ones((64, 64), bool); all_but_one[0, 0] = False
+    assert (_grown(keyed_rng(0), all_but_one, (49, 49)) == all_but_one).all()          # never full
+
+
+def test_partial_conv_masks(tmp_path):
+    grey = np.zeros((64, 64), np.uint8); grey[10:20] = 152; grey[30:40] = 153          # 0.6 of 255 is 153
+    Image.fromarray(grey).save(tmp_path/'0.png')
+    f = PartialConvMasks(tmp_path, dilate=(1, 1), crop=1, shift=0, rotate=False)
+    assert f(keyed_rng(0), 0, 64).sum() == 10*64
+    far = PartialConvMasks(tmp_path, shift=5)
+    assert all(0 < far(keyed_rng(0, i), i, 32).mean() < 1 for i in range(30))          # moved out of the picture: not moved
+    for level, says in (0, 'empty'), (255, 'full'):
+        Image.fromarray(np.full((64, 64), level, np.uint8)).save(tmp_path/'0.png')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            m = one_line(PartialConvMasks(tmp_path), keyed_rng(0), 0, 32)
+        assert says in m and '0.png' in m
+
+
+# ---- on tensors
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_fill_and_composite_select(dtype):
+    x, mask = torch.rand(2, 3, 5, 6).to(dtype), (torch.rand(2, 1, 5, 6) > .5).float()
+    hole = mask.bool().expand_as(x)
+    spoilt = torch.where(hole, torch.tensor(float('nan'), dtype=dtype), x)
+    for value in .437, torch.tensor([.1, .2, .3], dtype=torch.float64).view(3, 1, 1), torch.rand(2, 3, 1, 1):
+        out, want = fill_hole(spoilt, mask, value), torch.as_tensor(value, dtype=dtype).expand_as(x)
+        assert out.dtype == dtype and torch.equal(out[~hole], x[~hole]) and torch.equal(out[hole], want[hole])
+    out = composite(torch.rand(2, 3, 5, 6), spoilt, mask)
+    assert out.dtype == dtype and torch.equal(out[~hole], x[~hole]) and not out.isnan().any()
+
+
+def test_composite_gradient_stays_in_the_hole():
+    pred, x = (torch.rand(1, 1, 4, 4, requires_grad=True) for _ in range(2))
+    mask = torch.zeros(1, 1, 4, 4); mask[..., 1:3, 1:3] = 1
+    gp, gx = torch.autograd.grad(composite(pred, x, mask).sum(), (pred, x))
+    assert torch.equal(gp, mask) and torch.equal(gx, 1 - mask)
+
+
+def test_dilate():
+    from scipy.ndimage import binary_dilation
+    m = np.stack([free_form(keyed_rng(0, i), (20, 30), width=(.02, .05)) for i in range(3)])[:, None]
+    for r in 0, 1, 4, 40:
+        want = np.stack([binary_dilation(a[0], np.ones((2*r + 1, 2*r + 1))) for a in m])[:, None]
+        for t in torch.tensor(m), torch.tensor(m).float(), torch.tensor(m).double():
+            got = dilate(t, r)
+            assert got.dtype == t.dtype and (got.numpy() == want).all()

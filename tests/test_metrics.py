@@ -7,8 +7,8 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from inpaint_lib.core import InputError
-from inpaint_lib.metrics import (bootstrap_ci, edge_precision_recall, image_metrics, l1, psnr, ssim,
-                                 ssim_map, summarize_metrics)
+from inpaint_lib.metrics import (bootstrap_ci, edge_f1, edge_precision_recall, gradient_error, image_metrics, l1, paired_bootstrap,
+                                 psnr, sobel_gradient, ssim, ssim_map, summarize_metrics, verdict)
 
 
 @pytest.fixture
@@ -135,3 +135,78 @@ def test_summary():
     with pytest.raises(InputError, match='psnr, bin b: 1 of 4'):
         summarize_metrics(rows + [dict(bin='b', l1=.1, psnr=math.inf)])
     with pytest.raises(InputError, match='no rows'): summarize_metrics([])
+
+
+def test_sobel_equals_scipy(pair):
+    from scipy.ndimage import sobel
+    x = pair[1].double()
+    ours = sobel_gradient(x)
+    for n in range(2):
+        for c in range(3):
+            for k, axis in enumerate((0, 1)):
+                np.testing.assert_allclose(ours[n, 2*c + k].numpy(), sobel(x[n, c].numpy(), axis, mode='nearest')/8, atol=1e-12)
+
+
+def test_gradient_error(pair):
+    pred, image, mask = pair
+    assert (gradient_error(image, image, mask) == 0).all() and gradient_error(pred, image, 0*mask).isnan().all()
+    assert (gradient_error(pred, image, mask) > 0).all()
+    far = torch.where(torch.nn.functional.max_pool2d(mask, 3, 1, 1) > 0, image, pred)         # differs far from the hole only
+    assert (gradient_error(far, image, mask) == 0).all()
+    grey = [x.mean(1, keepdim=True) for x in (pred, image)]
+    assert torch.allclose(gradient_error(*grey), gradient_error(*(g.expand(-1, 3, -1, -1) for g in grey)), atol=1e-4)
+
+
+def test_edge_f1():
+    line = lambda x: (torch.arange(40) >= x).float().expand(1, 3, 40, 40)*.8 + .1
+    flat, both = torch.full((1, 3, 40, 40), .5), torch.cat([line(12), line(20)])
+    assert edge_f1(line(20), line(20)).item() == 1 and edge_f1(line(21), line(20)).item() == 1
+    assert edge_f1(line(24), line(20)).item() == 0 and edge_f1(line(24), line(20), tolerance=4).item() == 1
+    assert edge_f1(flat, line(20)).item() == 0                                # nothing drawn
+    assert edge_f1(line(20), flat).isnan().all() and edge_f1(flat, flat).isnan().all()
+    right = torch.zeros(1, 1, 40, 40); right[..., 30:] = 1
+    assert edge_f1(line(20), line(20), right).isnan().all()                   # no edge in this hole
+    assert edge_f1(both, torch.cat([line(12), line(12)])).tolist() == [1, 0]  # each picture for itself
+
+
+def test_edge_f1_by_hand():
+    "Half of a line is drawn: precision 1, recall 1/2; the other way round 1/2 and 1"
+    image, pred = torch.zeros(1, 1, 80, 80), torch.zeros(1, 1, 80, 80)
+    image[..., 20:] = 1; pred[..., :40, 20:] = 1
+    rows = torch.zeros(1, 1, 80, 80); rows[:, :, 10:30] = 1; rows[:, :, 50:70] = 1
+    assert edge_f1(pred, image, rows).item() == pytest.approx(2/3)
+    assert edge_f1(image, pred, rows).item() == pytest.approx(2/3)
+
+
+def test_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=(4, 50)); a = b + .3 + .01*rng.normal(size=(4, 50))
+    mean, lo, hi = paired_bootstrap(a, b)
+    assert mean == pytest.approx((a - b).mean()) and lo < mean < hi and hi - lo < .02           # hard pictures are paired out
+    assert paired_bootstrap(a, b) == (mean, lo, hi) != paired_bootstrap(a, b, seed=1)
+    assert paired_bootstrap(b, a)[0] == -mean and paired_bootstrap(a, a) == (0, 0, 0)
+    seeds = b + np.arange(4)[:, None]                                          # methods differ by the seed alone
+    assert np.allclose(paired_bootstrap(seeds, b)[1:], (.5, 2.5), atol=.3)
+    pictures = b + np.arange(50)                                               # by the picture alone
+    lo, hi = paired_bootstrap(pictures, b)[1:]
+    assert hi - lo == pytest.approx(2*1.96*np.arange(50).std()/50**.5, rel=.1)
+    gap = a.copy(); gap[:, 3] = np.nan; gap_b = b.copy(); gap_b[:, 3] = np.nan
+    assert paired_bootstrap(gap, gap_b)[0] == pytest.approx(np.delete(a - b, 3, 1).mean())
+
+
+def test_paired_bootstrap_refuses():
+    ok, gap = np.ones((2, 3)), np.array([[1, np.nan, 1], [1, 1, 1]])
+    for a, b, says in ((ok, ok[:1], r'\(2, 3\) and \(1, 3\)'), (ok[0], ok[0], 'expected the same'), (gap, gap, '1 of 6'),
+                       (ok, gap, '1 of 6'), (ok*math.inf, ok, '6 of 6'), (ok*math.nan, ok*math.nan, 'at least one')):
+        with pytest.raises(InputError, match=says): paired_bootstrap(a, b)
+
+
+@pytest.mark.parametrize('lo, hi, word', [(.1, .2, 'reproduced'), (.001, .002, 'reproduced'), (-.2, -.1, 'not reproduced'), (-.05, .05, 'not reproduced'),
+                                          (-.002, -.001, 'not reproduced'), (-.06, .01, 'undecided'), (0, .2, 'undecided'), (0, 0, 'not reproduced')])
+def test_verdict(lo, hi, word):
+    assert verdict(lo, hi, margin=.05) == word == verdict(-hi, -lo, margin=.05, direction=-1)
+
+
+def test_verdict_refuses():
+    for lo, hi, kw in ((1, 0, {}), (math.nan, 1, {}), (0, 1, dict(margin=-1)), (0, 1, dict(direction=0))):
+        with pytest.raises(InputError, match='expected lo <= hi'): verdict(lo, hi, **dict(margin=.1) | kw)

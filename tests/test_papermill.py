@@ -83,6 +83,25 @@ def test_a_single_stage_is_measured_by_its_recipe(name, measures, trained, tmp_p
     assert n == 3 and str(tmp_path) not in text and report['parameters']['run'] == name
 
 
+@pytest.mark.parametrize('name, options, masks', [('context_encoder.center', 'overlap=7,bottleneck=8', 'context_encoder'),
+                                                  ('structural_inpainting', 'bottleneck=8,joint_from=2', 'random_region'),
+                                                  ('partial_conv', 'l1_space=unit', 'bins')])
+def test_every_paper_trains_and_its_weights_fill(name, options, masks, tmp_path):
+    "D comes in the middle of the second one; masks and their options reach the data"
+    given = dict(vgg_weights='none') if name != 'context_encoder.center' else {}
+    code, err, _ = papermill('40_train', tmp_path, recipe=name, steps=4, options='width=0.05,' + options, out_dir=tmp_path/'run', **given)
+    assert code == 0, err
+    run = json.loads((tmp_path/'run'/'run.json').read_text())
+    assert run['recipe'] == name and run['method'] == name.removesuffix('.center') and run['identity']['masks'] == masks
+    assert run['identity']['mask_options'] == (dict(overlap=7) if 'overlap' in options else {})
+    log = [json.loads(line) for line in (tmp_path/'run'/'log.jsonl').read_text().splitlines()]
+    if 'joint_from' in options: assert ['g_adv' in r for r in log] == [False, False, True, True] and log[2]['lr'] < log[1]['lr']
+    from inpaint_lib.inference import load_inpainter
+    image, hole = builtin_photograph('chelsea')[:128, :128], np.zeros((128, 128), bool); hole[50:80, 50:80] = True
+    filled = load_inpainter(run['method'], tmp_path/'run', 'cpu')(image, hole).image
+    assert (filled[~hole] == image[~hole]).all() and (filled[hole] != image[hole]).any()
+
+
 def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
     import shutil
     shutil.copytree(trained/'edge', tmp_path/'edge')
@@ -104,6 +123,9 @@ def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
     ('41_evaluate', dict(per_bin=0), "parameter 'per_bin' is 0; expected 1 or more"),
     ('41_evaluate', dict(batch_size=0), "parameter 'batch_size' is 0; expected 1 or more"),
     ('41_evaluate', dict(size=20), "parameter 'size' is 20; expected 24 or more"),
+    ('41_evaluate', dict(masks='squares', method='telea'), "no masks 'squares'; expected one of"),
+    ('40_train', dict(recipe='partial_conv', vgg_weights='none', size=50), '50x50 pixels; 6 layers need multiples of 64'),
+    ('40_train', dict(mask_options='overlap'), "mask_options: found 'overlap', expected NAME=NUMBER"),
     ('41_evaluate', dict(run='nowhere'), 'nowhere: no such file; expected the folder of a finished run'),
 ])
 def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, tmp_path):

@@ -22,11 +22,12 @@ from ..losses import adversarial_loss
 from ..metrics import psnr
 from ..training import Recipe
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #17923593
+# %% ../../nbs/20_papers.context_encoder.ipynb #866c4120
 SIDE = 128  # pixels of the pictures that the networks see
 HOLE_COLOURS = dict(permuted=(117, 104, 123),   # red, green, blue of 255 as the published code writes them
                     imagenet=(123, 117, 104))   # ImageNet's mean colour, channels in order
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #0953e4ce
 def network_input(image:Tensor,         # (B,3,H,W) in [0,1]
                   mask:Tensor,          # (B,1,H,W), 1 = hole
                   fill:str='permuted',  # a key of HOLE_COLOURS
@@ -36,13 +37,14 @@ def network_input(image:Tensor,         # (B,3,H,W) in [0,1]
     colour = image.new_tensor(HOLE_COLOURS[fill]).view(3, 1, 1)/255
     return fill_hole(image, mask, colour)*2 - 1
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #229588b2
+# %% ../../nbs/20_papers.context_encoder.ipynb #125e3f01
 def _middle(x, size):
     "Index of the middle size x size pixels; `InputError` when the picture is smaller"
     H, W = x.shape[-2:]
     if min(H, W) < size: raise InputError(f'a picture of {H}x{W} pixels; expected {size} or more each way')
     return ..., slice((H - size)//2, (H + size)//2), slice((W - size)//2, (W + size)//2)
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #2f18c723
 def center_crop(image:Tensor,  # (B,C,H,W)
                 size:int,      # side of the square
                )->Tensor:      # (B,C,size,size)
@@ -65,7 +67,7 @@ def center_hole(mask:Tensor,  # (B,1,H,W): gives shape, type and device
     side = mask.shape[-1]//2 - 2*overlap
     return paste_center(torch.zeros_like(mask), mask.new_ones(len(mask), 1, side, side))
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #9d8bf828
+# %% ../../nbs/20_papers.context_encoder.ipynb #cb62f7d1
 class ChannelwiseLinear(nn.Module):
     "Channel-wise fully connected layer: each map has a (side*side)^2 matrix of its own, no bias. Pathak et al. 2016"
     def __init__(self, ch:int,      # channels
@@ -76,10 +78,11 @@ class ChannelwiseLinear(nn.Module):
     def forward(self, x:Tensor)->Tensor:
         "(B,ch,side,side) -> same shape. `InputError` for other maps"
         want = (len(self.weight), self.side, self.side)
-        if tuple(x.shape[1:]) != want: raise InputError(f'maps of shape {tuple(x.shape)}; expected (B,{want[0]},{want[1]},{want[2]})')
+        if tuple(x.shape[1:]) != want:
+            raise InputError(f'maps of shape {tuple(x.shape)}; expected (B,{want[0]},{want[1]},{want[2]})')
         return torch.einsum('bci,coi->bco', x.flatten(2), self.weight).view_as(x)
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #bbeda99a
+# %% ../../nbs/20_papers.context_encoder.ipynb #1897fc78
 def down_layers(ch,            # channels of input, first, second ... layer
                 *, bias=False,
                )->list:        # each halves the side
@@ -90,6 +93,7 @@ def down_layers(ch,            # channels of input, first, second ... layer
         layers += [nn.Conv2d(i, o, 4, stride=2, padding=1, bias=bias), *norm, nn.LeakyReLU(.2, inplace=True)]
     return layers
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #7e140e57
 def up_layers(ch,              # channels of input, first, second ... layer
               *, bias=False,
              )->list:          # from 1x1 to 4x4, then each doubles the side
@@ -100,7 +104,7 @@ def up_layers(ch,              # channels of input, first, second ... layer
         layers += [nn.ConvTranspose2d(i, o, 4, bias=bias, **how), nn.BatchNorm2d(o), nn.ReLU(inplace=True)]
     return layers
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #a1de32a9
+# %% ../../nbs/20_papers.context_encoder.ipynb #ebda1724
 def init_dcgan(net:nn.Module,  # changed in place
               )->nn.Module:    # the same network
     "Convolutions from N(0,.02), biases 0, batch norm's scale from N(1,.02) and shift 0. Radford et al. 2016"
@@ -108,6 +112,7 @@ def init_dcgan(net:nn.Module,  # changed in place
         if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.weight, 1., .02); nn.init.zeros_(m.bias)
     return net
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #a224f5e0
 def _check_square(x, side, who):
     "`x`; `InputError` unless it is (B,3,side,side)"
     if tuple(x.shape[1:]) == (3, side, side): return x
@@ -159,10 +164,11 @@ def overlap_weights(size:int,          # side of the predicted square
     w[..., overlap:size - overlap, overlap:size - overlap] = 1
     return w
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #475a1e53
+# %% ../../nbs/20_papers.context_encoder.ipynb #20553f52
 def _check_config(c):
     "`InputError` for values without a meaning"
-    for key, allowed in (('region', ('center', 'random')), ('fill', tuple(HOLE_COLOURS)), ('rec_on', ('output', 'hole'))):
+    allowed_words = dict(region=('center', 'random'), fill=tuple(HOLE_COLOURS), rec_on=('output', 'hole'))
+    for key, allowed in allowed_words.items():
         if getattr(c, key) not in allowed:
             raise InputError(f"{key} '{getattr(c, key)}'; expected one of {', '.join(allowed)}")
     for key in ('lambda_rec', 'lambda_adv', 'band_weight'):
@@ -189,7 +195,7 @@ class ContextEncoderConfig:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #2e818ca9
+# %% ../../nbs/20_papers.context_encoder.ipynb #d13e65f3
 def _checked(recipe, batch):
     "(image, mask) without gradient; `InputError` unless they are what the networks are made for"
     image, mask, c = batch['image'].detach(), batch['mask'].detach(), recipe.config
@@ -201,15 +207,26 @@ def _checked(recipe, batch):
                          f"expected masks 'context_encoder' with overlap={c.overlap}")
     return image, mask
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #fe23f4b6
 def _sides(recipe, batch, out):
     "What is compared, in [-1,1]: prediction, truth, and the hole, (B,.,size,size); and what D takes for a fake"
     truth, mask = (center_crop(batch[k].detach(), recipe.size) for k in ('image', 'mask'))
     pred, truth = out['region'], truth*2 - 1
     return pred, truth, mask, pred if recipe.config.rec_on == 'output' else composite(pred, truth, mask)
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #e39b25d0
+# %% ../../nbs/20_papers.context_encoder.ipynb #79c6b25a
+def _forward(recipe, image, mask):
+    "`region` in [-1,1]; `pred` (the centre network's: the picture with its region replaced) and `comp` in [0,1]"
+    region = recipe.G(network_input(image, mask, recipe.config.fill))
+    guess = (region.to(image.dtype) + 1)/2
+    pred = paste_center(image, guess) if recipe.config.region == 'center' else guess
+    return dict(pred=pred, comp=composite(pred, image, mask), region=region)
+
+def _hole_psnr(batch, out): return psnr(out['comp'].float(), batch['image'], batch['mask']).mean()
+
+# %% ../../nbs/20_papers.context_encoder.ipynb #79dbf21e
 class ContextEncoderRecipe(Recipe):
-    "Reconstruction and adversarial loss on 128x128 pictures. Pathak et al. 2016. `InputError`: other sizes, other holes"
+    "Reconstruction and adversarial loss, 128x128 pictures. Pathak et al. 2016. `InputError`: other sizes, other holes"
     name, method, update = 'context_encoder', 'context_encoder', 'alternating'
     def __init__(self, config:ContextEncoderConfig|None=None):
         super().__init__(); self.config = c = config or ContextEncoderConfig()
@@ -221,34 +238,25 @@ class ContextEncoderRecipe(Recipe):
         self.register_buffer('weights', weights, persistent=False)
 
     def forward(self, batch): return _forward(self, *_checked(self, batch))
-
     def d_terms(self, batch, out):
-        _, truth, _, fake = _sides(self, batch, out)      # two batches for D: each has statistics of its own
+        _, truth, _, fake = _sides(self, batch, out)
         return dict(d_adv=adversarial_loss(self.D(truth), True) + adversarial_loss(self.D(fake), False))
-
     def g_terms(self, batch, out):
-        pred, truth, mask, fake = _sides(self, batch, out)
-        where, c = self.weights if self.config.rec_on == 'output' else self.weights*mask, self.config
+        c, (pred, truth, mask, fake) = self.config, _sides(self, batch, out)
+        where = self.weights if c.rec_on == 'output' else self.weights*mask
         terms = dict(rec=c.lambda_rec*(where*(pred - truth)**2).mean())
-        return terms if self.D is None else terms | dict(g_adv=c.lambda_adv*adversarial_loss(self.D(fake), True, for_D=False))
+        if self.D is not None: terms['g_adv'] = c.lambda_adv*adversarial_loss(self.D(fake), True, for_D=False)
+        return terms
+    def metrics(self, batch, out): return dict(psnr_hole=_hole_psnr(batch, out))
 
-    def metrics(self, batch, out): return dict(psnr_hole=psnr(out['comp'].float(), batch['image'], batch['mask']).mean())
-
-# %% ../../nbs/20_papers.context_encoder.ipynb #e17e74d6
-def _forward(recipe, image, mask):
-    "`region` in [-1,1]; `pred` (the centre network's: the picture with its region replaced) and `comp` in [0,1]"
-    region = recipe.G(network_input(image, mask, recipe.config.fill))
-    guess = (region.to(image.dtype) + 1)/2
-    pred = paste_center(image, guess) if recipe.config.region == 'center' else guess
-    return dict(pred=pred, comp=composite(pred, image, mask), region=region)
-
-# %% ../../nbs/20_papers.context_encoder.ipynb #1d9d8cf4
+# %% ../../nbs/20_papers.context_encoder.ipynb #9683a6c7
 def _cuts(part, core):
     "A slice in equal pieces of at most `core`"
     n = -(-(part.stop - part.start)//core)
     at = np.linspace(part.start, part.stop, n + 1).round().astype(int)
     return [slice(*ends) for ends in zip(at, at[1:])]
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #82c088fd
 def _merged(boxes, core):
     "Boxes (top, left, bottom, right) united, closest first, while the union fits in core x core"
     boxes, out = np.array(boxes, int).reshape(-1, 4), []
@@ -300,12 +308,13 @@ class _Window:
         "Slices of the picture as slices of the window"
         return tuple(slice(p.start - s, p.stop - s) for p, s in zip(part, self.start))
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #9dc9065e
+# %% ../../nbs/20_papers.context_encoder.ipynb #cd53b68d
 def _mirrored(start, count, n):
     "start, start+1, ... reflected into 0 to n-1"
     i = np.arange(start, start + count) % (2*n)
     return np.where(i < n, i, 2*n - 1 - i)
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #75749710
 def _ready(windows, hole):
     "Which windows go now: of those whose boxes touch, the one less deep in the hole, then the one that sees less hole"
     order = sorted(range(len(windows)), key=lambda i: (windows[i].depth, (hole[windows[i].b][windows[i].real]).mean()))
@@ -314,6 +323,7 @@ def _ready(windows, hole):
     touch = (b[:, None] == b) & meets(0, 2) & meets(1, 3)
     return ~(touch & (rank < rank[:, None])).any(1)
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #51354bbb
 def _queue(hole, core, window, inward):
     "The windows of a batch of holes (B,H,W); `depth`: how far inside a hole the box lies, in steps of `core`"
     import cv2
@@ -325,6 +335,7 @@ def _queue(hole, core, window, inward):
             w.depth = inside[w.core].max()//core
     return windows
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #cb52ed91
 def _paste(w, guess, comp, pred, left):
     "Write a window's prediction: into what is still empty of its box, and over all its pixels of `pred`"
     (y, x), (v, u) = w.core, w.within(w.core)
@@ -354,7 +365,7 @@ def fill_windows(predict,        # (image (n,3,window,window) in [0,1], mask (n,
         for w, guess in zip(now, guesses): _paste(w, guess, comp, pred, left)
     return dict(pred=composite(comp, pred, mask), comp=composite(comp, image, mask))
 
-# %% ../../nbs/20_papers.context_encoder.ipynb #b0e9352d
+# %% ../../nbs/20_papers.context_encoder.ipynb #38ad5183
 class OutOfProtocol(UserWarning):
     "A network fills a hole of a kind that it was not trained for"
 
@@ -367,8 +378,10 @@ def _check_protocol(mask, core):
             if around.shape == (SIDE, SIDE):
                 around[a:a + core, a:a + core] = False
                 if not around.any(): continue
-            return warnings.warn(f'the centre network knows holes within the middle {core}x{core} of {SIDE}x{SIDE} pixels, all else '
-                f'known; the one at row {box[0]}, column {box[1]} is not so, and is filled all the same', OutOfProtocol, stacklevel=4)
+            return warnings.warn(
+                f'the centre network knows holes within the middle {core}x{core} of {SIDE}x{SIDE} pixels, all else '
+                f'known; the one at row {box[0]}, column {box[1]} is not so, and is filled all the same',
+                OutOfProtocol, stacklevel=4)
 
 # %% ../../nbs/20_papers.context_encoder.ipynb #50fb60af
 @torch.no_grad()

@@ -133,6 +133,7 @@ class EdgeConnectConfig:
     edge_nms:bool = True      # code's NMS switch: an external edge map is multiplied with the picture's Canny map
     content_layers:tuple = ('relu1_1', 'relu2_1', 'relu3_1', 'relu4_1', 'relu5_1')  # note 004; may be shortened
     style_layers:tuple = ('relu2_2', 'relu3_4', 'relu4_4', 'relu5_2')               # note 003 (code)
+    vgg_arch:str = 'vgg19'    # note 004
     vgg_weights:str = 'auto'  # torchvision's, a file, or 'none': no perceptual and no style term
     vgg_normalize:bool = False# code: raw [0,1] pictures
     lr:float = 1e-4           # note 004; then 1e-5, and 1e-6 in the joint stage

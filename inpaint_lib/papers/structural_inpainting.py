@@ -22,12 +22,13 @@ from .context_encoder import (SIDE, _check_protocol, center_crop, center_hole, f
                                                 paste_center)
 from ..training import Recipe
 
-# %% ../../nbs/21_papers.structural_inpainting.ipynb #21f7f003
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #0f538c1a
 def same_pad(x:Tensor,  # (B,C,H,W)
             )->Tensor:  # (B,C,H+3,W+3)
     "Zeros for a 4x4 convolution of stride 1 that keeps the size: one row before, two after (TensorFlow's SAME)"
     return F.pad(x, (1, 2, 1, 2))
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #c60f35b1
 class ResizeConv(nn.Module):
     "(B,in_ch,H,W) -> (B,out_ch,scale*H,scale*W): nearest neighbours, then a 4x4 convolution (code; Odena et al. 2016)"
     def __init__(self, in_ch:int, out_ch:int, scale:int):
@@ -35,14 +36,16 @@ class ResizeConv(nn.Module):
     def forward(self, x:Tensor)->Tensor:
         return self.conv(same_pad(F.interpolate(x, scale_factor=float(self.scale), mode='nearest')))
 
-# %% ../../nbs/21_papers.structural_inpainting.ipynb #93dbffd6
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #dddb6f55
 def xavier(net:nn.Module):
     "Uniform Xavier weights and zero biases in every layer of `net`: the published code's default (Glorot & Bengio 2010)"
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #68381f11
 def _down(in_ch, out_ch): return [nn.Conv2d(in_ch, out_ch, 4, stride=2, padding=1), nn.ReLU()]
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #913dadfd
 def _check_plan(region, bottleneck):
     "`InputError` for a network that nobody described"
     if region not in ('center', 'random'): raise InputError(f"region '{region}'; expected 'center' or 'random'")
@@ -97,7 +100,7 @@ def _check_config(c):
     if alone and not c.lambda_mse and not (c.lambda_feat and c.feature_layers and c.vgg_weights != 'none'):
         raise InputError('nothing to minimise: expected a squared error, a feature term, or an adversary from the first step on')
 
-# %% ../../nbs/21_papers.structural_inpainting.ipynb #ee34b42a
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #a26b2a69
 @dataclass
 class StructuralInpaintingConfig:
     "Vo et al. 2018 in the numbers of the published TensorFlow code. `InputError` for values without a meaning"
@@ -111,9 +114,8 @@ class StructuralInpaintingConfig:
     lambda_feat:float = 1.     # code: 1 for each layer
     feature_layers:tuple = ('relu1_1', 'relu2_1', 'relu3_1')  # code (after ReLU); the note: conv1_1, conv2_1, conv3_1
     feature_scale:float = 1/255  # code: for weights of Oxford's scale; torchvision's own need .226
-    vgg_arch:str = 'vgg16'     # code
+    vgg_arch:str = 'vgg16'; vgg_normalize:bool = True    # code; weights in torchvision's convention
     vgg_weights:str = 'auto'   # torchvision's, a file, or 'none': no feature term
-    vgg_normalize:bool = True  # weights in torchvision's convention
     lambda_adv:float = .1      # code, of G's adversarial term; 0: no critic
     joint_from:int = 150_000   # ours: 5/6 of a run, as the code's epochs 0-49 of 60; D exists from here on
     joint_rate:float = .1      # code: both rates fall from 2e-4 to 2e-5 there
@@ -122,10 +124,9 @@ class StructuralInpaintingConfig:
     d2g:float = 1.             # code: both networks have one rate
     betas:tuple = (.5, .999)   # code: beta1 .5
     seed:int = 0               # ours: nothing here is drawn
-
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/21_papers.structural_inpainting.ipynb #3a55e7e8
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #7945c53b
 def compared(config, batch, region)->tuple:
     "(prediction, truth) that the losses compare: the centre squares or the whole pictures; rec_on='hole': composites"
     image, mask = batch['image'].detach(), batch['mask'].detach()
@@ -133,11 +134,13 @@ def compared(config, batch, region)->tuple:
     region = region.to(image.dtype)
     return (composite(region, image, mask) if config.rec_on == 'hole' else region), image
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #1e42b916
 def critic_terms(recipe, pred, truth)->dict:
     "D's loss, without the published code's factor .1, which Adam cancels"
     real, fake = (adversarial_loss(recipe.D(x), r) for x, r in ((truth, True), (pred, False)))
     return dict(d_adv=real + fake)
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #d527568e
 def structural_terms(recipe, pred, truth)->dict:
     "G's losses: squared error, feature reconstruction, and from `joint_from` on the adversary"
     c, terms = recipe.config, {}
@@ -149,7 +152,7 @@ def structural_terms(recipe, pred, truth)->dict:
         terms['g_adv'] = c.lambda_adv*adversarial_loss(recipe.D(pred), True, for_D=False)
     return terms
 
-# %% ../../nbs/21_papers.structural_inpainting.ipynb #24fef325
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #c0e2137e
 def joint_phase(config, step:int, opt_G, opt_D):
     "At `joint_from` both rates become lr*joint_rate and Adam forgets its averages (the code makes new optimisers)"
     if step != config.joint_from or opt_D is None: return
@@ -157,6 +160,7 @@ def joint_phase(config, step:int, opt_G, opt_D):
         opt.state.clear()
         for group in opt.param_groups: group['lr'] = rate*config.joint_rate
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #948d7af9
 def _needed_vgg(c, vgg):
     "`vgg` if a term needs it. `InputError`: it is missing, forbidden, or without a layer"
     need = c.vgg_weights != 'none' and c.lambda_feat > 0 and len(c.feature_layers) > 0
@@ -167,7 +171,7 @@ def _needed_vgg(c, vgg):
     if missing: raise InputError(f"VGG was built without {', '.join(missing)}; it has {', '.join(vgg.layers)}")
     return vgg if need else None
 
-# %% ../../nbs/21_papers.structural_inpainting.ipynb #99fb7e83
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #188a2566
 def _check_batch(image, mask, c):
     "`InputError` unless pictures are 128x128 and, for the centre network, holes the central ones"
     if tuple(image.shape[-2:]) != (SIDE, SIDE):
@@ -176,6 +180,7 @@ def _check_batch(image, mask, c):
         raise InputError(f"another hole than the middle {SIDE//2 - 2*c.overlap} pixels; expected masks 'context_encoder' "
                          f"with overlap={c.overlap}, or region='random'")
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #c6fb39c2
 def _deviations(c):
     "What differs from the paper by the choice of VGG"
     if not c.lambda_feat: return []
