@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FREE', 'Recipe', 'TrainConfig', 'frozen', 'Updater', 'weigh', 'd_pass', 'g_pass', 'measured',
            'TrainingStopped', 'step_with', 'follow', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint',
-           'save_weights', 'load_weights', 'TrainResult', 'train', 'averaged', 'sample_rows', 'device_name']
+           'save_weights', 'load_weights', 'TrainResult', 'train', 'calibrate', 'averaged', 'sample_rows',
+           'device_name']
 
 # %% ../nbs/14_training.ipynb #00354b13
 import abc, contextlib, dataclasses, json, pickle, sys, time, warnings
@@ -113,6 +114,7 @@ class Updater:
         self.plateau = falls(self.opt_G, factor=.1, patience=config.plateau_patience, min_lr=config.min_lr)
         self.window, self.ema = [], _copy(recipe.G) if config.ema else {}
         self.identity, self.skipped, self.seconds = {}, {}, 0.     # of the run that this belongs to, see `train`
+        self.dataset = None                                        # likewise: where `calibrate` finds batches
 
     def update(self, draws:list)->dict:
         "`draws`: for each of D's steps (then G's, if its batch is its own) a list of batches -> named values, floats"
@@ -380,7 +382,7 @@ def train(recipe:Recipe,       # what to train
           progress:bool=True)->TrainResult:
     "Train `recipe`; raises `InputError` (bad input, a folder of another run), `TrainingStopped` (a loss is not finite)"
     up, run_dir = Updater(recipe, config), Path(run_dir) if run_dir else None
-    up.identity = identity or {}
+    up.identity, up.dataset = identity or {}, dataset
     log, start, first = _begin(up, run_dir, resume), time.time(), up.step
     before = up.seconds
     for record in _steps(up, dataset, progress and up.engine.is_main_process):
@@ -445,12 +447,37 @@ def _keep(up, run_dir, samples):
         figure = image_rows(sample_rows(up, samples), suptitle='; '.join(up.recipe.deviations) or None)
         save_figure(figure, run_dir/'samples'/f'step_{up.step:07d}.png')
 
+# %% ../nbs/14_training.ipynb #f6664e6f
+def calibrate(recipe:Recipe, batches):
+    "Measure the statistics of G's batch norms anew, over `batches`; those that are frozen keep theirs"
+    recipe.train()
+    norms = [m for m in recipe.G.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [m.momentum for m in norms]
+    if not norms: return
+    for m in norms: m.reset_running_stats(); m.momentum = None      # None: the mean over all batches
+    with torch.no_grad():
+        for batch in batches: recipe(batch)
+    for m, momentum in zip(norms, momenta): m.momentum = momentum
+
+def _first_batches(up, n=16):
+    "The first batches of the data set, whatever the step: the same after a resume"
+    from accelerate.utils import send_to_device
+    from inpaint_lib.data.images import EndlessSampler, loader
+    if up.dataset is None: return
+    size = max(2, min(up.config.batch_size, 32)//up.config.accumulate)
+    stream = iter(loader(up.dataset, EndlessSampler(len(up.dataset), size, seed=up.config.seed), collate_fn=_collate))
+    for batch in (next(stream) for _ in range(n)):
+        batch.pop('skipped', None)
+        if batch: yield send_to_device(batch, up.engine.device)
+
 # %% ../nbs/14_training.ipynb #9ba68667
 @contextlib.contextmanager
 def averaged(up:Updater):
     "The generator with its averaged weights (or as it is, without averaging), in eval mode, inside the block"
     own, was = _copy(up.recipe.G) if up.ema else {}, up.recipe.training
-    if up.ema: up.recipe.G.load_state_dict(up.ema)
+    if up.ema:
+        up.recipe.G.load_state_dict(up.ema)
+        with up.engine.autocast(): calibrate(up.recipe, _first_batches(up))
     up.recipe.eval()
     try: yield up.recipe
     finally:

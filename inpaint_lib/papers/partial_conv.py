@@ -166,7 +166,7 @@ class _UNet(_Blocks):
             levels.append((name, block.conv.grow(torch.cat([enlarge(levels[-1][1]), known], 1))))
         return levels[1:]
 
-# %% ../../nbs/22_papers.partial_conv.ipynb #8bb6e845
+# %% ../../nbs/22_papers.partial_conv.ipynb #16551a8b
 class PConvUNet(_UNet):
     "(image, mask) -> pred (B,3,H,W), all in ImageNet-normalised space, mask 1 = hole. Liu et al. 2018, sec. 3.2"
     def __init__(self, width:float=1.,      # 1.0 = the paper
@@ -177,7 +177,8 @@ class PConvUNet(_UNet):
         for i in range(1, n_layers + 1):
             down = dict(kernel_size=side.get(i, 3), stride=2, norm=i > 1, act=nn.ReLU(inplace=True))
             setattr(self, f'enc_{i}', PConvBlock((c[i-1],), c[i], **down))
-        for i in range(n_layers, 1, -1): setattr(self, f'dec_{i}', PConvBlock((c[i], c[i-1]), c[i-1], act=nn.LeakyReLU(.2, inplace=True)))
+        for i in range(n_layers, 1, -1):
+            setattr(self, f'dec_{i}', PConvBlock((c[i], c[i-1]), c[i-1], act=nn.LeakyReLU(.2, inplace=True)))
         self.dec_1 = PConvBlock((c[1], 3), 3, norm=False, bias=True)
 
     def forward(self, image:Tensor, mask:Tensor)->Tensor: return self.decode(self.encode(image, mask))
