@@ -375,6 +375,7 @@ def weights_method(path)->str:
     except ValueError: own = None
     raise InputError(f"{path}: {whys.get(own) or why}; expected weights of one of {', '.join(whys)}")
 
+# %% ../nbs/31_inference.ipynb #87858985
 def weights_stage(path)->str:
     "The recipe of a weights file (or of a run's folder) that can't fill on its own, such as 'edge_connect.edge'; else ''"
     path = _file(path)

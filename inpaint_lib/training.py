@@ -23,7 +23,6 @@ class Recipe(nn.Module, abc.ABC):
     name, method, deviations = '', '', ()   # 'edge_connect.edge', 'edge_connect', what differs from the paper
     update, d_steps, separate_batches, d_from = 'alternating', 1, False, 0
     step = 0                                # set by the loop before each update
-
     def __init__(self): super().__init__(); self.G = self.D = None
 
     @abc.abstractmethod
