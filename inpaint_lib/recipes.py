@@ -76,15 +76,15 @@ def _one(recipe, **fixed):
 _OWN = dict(takes=('generator',))
 _LONG_64 = dict(batch_size=64, save_every=1000, picture_every=1000, workers=4)
 
-# %% ../nbs/30_recipes.ipynb #231019df
+# %% ../nbs/30_recipes.ipynb #134c7231
 _CE, _SI = 'Pathak et al. 2016, CVPR', 'Vo et al. 2018, arXiv 1803.10348'
 _EPOCHS_CE, _EPOCH_SI = 500*14_900//64, 202_599//64
 _small = lambda **config: dict(config=dict(width=.25, bottleneck=200, **config))
 _region = lambda preset, region, masks: {**preset, 'config': {**preset['config'], 'region': region}, 'data': dict(size=128, masks=masks)}
 _cep = dict(paper=dict(config={}, run=dict(_LONG_64, steps=_EPOCHS_CE)),
             tiny=dict(_small(), run=dict(steps=600, batch_size=32, save_every=100, picture_every=200, ema=.99)))
-_sip = dict(paper=dict(config=dict(joint_from=50*_EPOCH_SI), run=dict(_LONG_64, steps=60*_EPOCH_SI)),
-            tiny=dict(_small(joint_from=500, lr=1e-3), run=dict(steps=600, batch_size=16, save_every=100, picture_every=200, ema=.99)))
+_sip = dict(paper=dict(config=dict(joint_from=50*_EPOCH_SI, feature_scale=.226), run=dict(_LONG_64, steps=60*_EPOCH_SI)),
+            tiny=dict(_small(joint_from=500, lr=1e-3, feature_scale=.226), run=dict(steps=600, batch_size=16, save_every=100, picture_every=200, ema=.99)))
 _random, _center = (lambda ps: {k: _region(p, 'random', 'random_region') for k, p in ps.items()},
                     lambda ps: {k: _region(p, 'center', 'context_encoder') for k, p in ps.items()})
 _AT_128 = dict(_OWN, smoke=dict(size=128))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIDE', 'HOLE_COLOURS', 'network_input', 'center_crop', 'paste_center', 'center_hole', 'ChannelwiseLinear',
            'down_layers', 'up_layers', 'init_dcgan', 'ContextEncoder', 'Discriminator', 'overlap_weights',
-           'ContextEncoderConfig', 'ContextEncoderRecipe', 'hole_boxes', 'fill_windows', 'OutOfProtocol', 'fill']
+           'ContextEncoderConfig', 'ContextEncoderRecipe', 'hole_boxes', 'fill_windows', 'OutOfProtocol',
+           'check_protocol', 'fill']
 
 # %% ../../nbs/20_papers.context_encoder.ipynb #750c61da
 import warnings
@@ -369,7 +370,7 @@ def fill_windows(predict,        # (image (n,3,window,window) in [0,1], mask (n,
 class OutOfProtocol(UserWarning):
     "A network fills a hole of a kind that it was not trained for"
 
-def _check_protocol(mask, core):
+def check_protocol(mask, core):
     "`OutOfProtocol` unless each window shows one hole in its middle core x core pixels, and the picture all around"
     for hole in mask[:, 0].cpu().numpy() > 0:
         for box in hole_boxes(hole, core):
@@ -394,7 +395,7 @@ def fill(G:nn.Module,   # trained `ContextEncoder`, in eval mode
     "Fill the holes. Nothing below the mask has any influence. `OutOfProtocol`: a hole unlike the centre network's"
     center = G.region == 'center'
     core = SIDE//2 - 2*overlap if center else SIDE*5//8
-    if center: _check_protocol(mask, core)
+    if center: check_protocol(mask, core)
     def predict(x, m):
         if center: m = torch.maximum(m, center_hole(m, overlap))
         guess = (G(network_input(x, m, fill)).to(x.dtype) + 1)/2

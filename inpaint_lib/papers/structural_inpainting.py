@@ -18,7 +18,7 @@ from ..data.masks import composite, fill_hole
 from ..layers import channels
 from ..losses import adversarial_loss, feature_reconstruction
 from ..metrics import psnr
-from .context_encoder import (SIDE, _check_protocol, center_crop, center_hole, fill_windows, overlap_weights,
+from .context_encoder import (SIDE, check_protocol, center_crop, center_hole, fill_windows, overlap_weights,
                                                 paste_center)
 from ..training import Recipe
 
@@ -224,7 +224,7 @@ def fill(G:nn.Module,   # trained `StructuralEncoder`, in eval mode
         )->dict:        # pred, comp, input (B,3,H,W) in [0,1]
     "Fill the holes by windows of 128x128. Nothing below the mask has any influence. Warns `OutOfProtocol` (centre network)"
     center, core = G.region == 'center', SIDE//2 - 2*overlap if G.region == 'center' else SIDE//2
-    if center: _check_protocol(mask, core)
+    if center: check_protocol(mask, core)
     def predict(x, m):
         if center: m = torch.maximum(m, center_hole(m, overlap))      # the hole that the network was trained on
         region = G(fill_hole(x, m, hole_value)).to(x.dtype)
