@@ -39,7 +39,7 @@ def photos_with_a_truncated_file(folder):
 
 
 @pytest.mark.parametrize('name, cut', [('edge_connect.edge', False), ('edge_connect.inpaint', False), ('edge_connect.inpaint', True),
-                                       ('context_encoder', True), ('structural_inpainting', False), ('partial_conv', True)])
+                                       ('context_encoder', False), ('structural_inpainting', False), ('partial_conv', False)])
 def test_two_processes_equal_one(name, cut, tmp_path):
     """L1 / mean(mask) divides by a statistic of the whole batch: `inpaint` fails if it is not averaged over processes first.
     Context Encoder and partial convolution run with frozen batch norm statistics"""
@@ -49,7 +49,7 @@ def test_two_processes_equal_one(name, cut, tmp_path):
     assert (one['world'], two['world']) == (1, 2)
     for a, b in zip(one['terms'], two['terms']):
         trained = [k for k in a if not k.startswith('m_')]
-        assert len(trained) >= 3 and max(relative(a[k], b[k]) for k in trained) < 1e-9
+        assert len(trained) >= 2 and max(relative(a[k], b[k]) for k in trained) < 1e-9
     for part in ('weights', 'ema'):
         for k, v in one[part].items():
             if v.is_floating_point():
