@@ -29,11 +29,12 @@ notebooks: setup  ## execute the notebooks in place, so that readers see results
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) tests/execute_notebooks.py $(or $(N),$(NB))
 	@$(BIN)/nbdev_clean
 
-figures: setup  ## write figures/edge_connect.png from the committed weights and the held-out photograph
+figures: setup  ## write figures/METHOD.png from the committed weights and the held-out photograph
 	@mkdir -p runs/figures
-	MPLBACKEND=module://matplotlib_inline.backend_inline $(PY) -m papermill --cwd nbs --no-progress-bar --log-level ERROR \
-	  nbs/41_evaluate.ipynb runs/figures/41_evaluate.ipynb -p out_dir runs/figures -p size 128 -p per_bin 1 -p seed 3
-	cp runs/figures/rows.png figures/edge_connect.png
+	@for m in context_encoder structural_inpainting partial_conv edge_connect; do \
+	  MPLBACKEND=module://matplotlib_inline.backend_inline $(PY) -m papermill --cwd nbs --no-progress-bar --log-level ERROR \
+	    nbs/41_evaluate.ipynb runs/figures/41_evaluate.ipynb -p method $$m -p out_dir runs/figures -p size 128 -p per_bin 1 -p seed 3 && \
+	  cp runs/figures/rows.png figures/$$m.png || exit 1; done
 
 export: setup  ## write inpaint_lib/ from the notebooks
 	$(BIN)/nbdev_export

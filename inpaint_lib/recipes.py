@@ -89,11 +89,11 @@ _random, _center = (lambda ps: {k: _region(p, 'random', 'random_region') for k, 
                     lambda ps: {k: _region(p, 'center', 'context_encoder') for k, p in ps.items()})
 _AT_128 = dict(_OWN, smoke=dict(size=128))
 
-# %% ../nbs/30_recipes.ipynb #a6c055df
+# %% ../nbs/30_recipes.ipynb #8bdacf92
 _PC = 'Liu et al. 2018, ECCV, arXiv 1804.07723'
 _PCR = dict(steps=500_000, batch_size=6, save_every=1000, picture_every=1000, workers=4)
 _pcp = dict(paper=dict(config={}, run=_PCR, data=dict(size=512, masks='partial_conv')),
-            tiny=dict(config=dict(width=.25, n_layers=6, lr=1e-3), run=dict(_SHORT, steps=300), data=dict(size=64)))
+            tiny=dict(config=dict(width=.25, n_layers=6, lr=1e-3), run=dict(_SHORT, steps=250, batch_size=6), data=dict(size=64)))
 
 # %% ../nbs/30_recipes.ipynb #2bd5ccc6
 _EC = 'Nazeri et al. 2019, arXiv 1901.00212'
