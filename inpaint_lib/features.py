@@ -7,7 +7,7 @@ __all__ = ['BLOCKS', 'WIDTHS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'EDGE_CONNECT_LA
            'load_vgg', 'FrozenConv2d', 'frozen_convs', 'vgg_depth', 'vgg_forward', 'VGGFeatures']
 
 # %% ../nbs/11_features.ipynb #44a0e3b6
-import pickle
+import pickle, re
 from pathlib import Path
 
 import torch
@@ -88,13 +88,24 @@ class FrozenConv2d(nn.Conv2d):
     def _save_to_state_dict(self, *args): pass
     def _load_from_state_dict(self, *args): pass
 
+# %% ../nbs/11_features.ipynb #148ea93e
+def _check_places(state, arch, source):
+    "`InputError` for a key 'features.N.weight' at a place where `arch` has no convolution: another network's file"
+    here = {a: {at for _, at, *_ in vgg_convs(a)} for a in BLOCKS}
+    found = sorted(int(m[1]) for k in state if (m := re.fullmatch(r'features\.(\d+)\.weight', str(k))))
+    foreign = [n for n in found if n not in here[arch]]
+    if not foreign: return
+    fits = [f"that of a {a}" for a in BLOCKS if here[a].issuperset(found)] or ['that of another network']
+    raise InputError(f'{source} holds features.{foreign[0]}.weight, which {arch} does not have, and looks like {fits[0]}; '
+                     f'expected weights of {arch}')
+
 # %% ../nbs/11_features.ipynb #78316561
 def frozen_convs(state:dict,      # torchvision's keys
                  arch:str,
                  source:str,      # for messages
                 )->dict:          # 'conv1_1' -> FrozenConv2d, up to the first convolution that is missing
-    "The convolutions in a state dict, in float32 (float64 stays). `InputError`: a shape of another network"
-    convs = {}
+    "The convolutions in a state dict, in float32 (float64 stays). `InputError`: a shape or place of another network"
+    _check_places(state, arch, source); convs = {}
     for name, at, i, o in vgg_convs(arch):
         w, b = state.get(f'features.{at}.weight'), state.get(f'features.{at}.bias')
         if w is None or b is None: break
@@ -155,6 +166,7 @@ class VGGFeatures(nn.Module):
             has = f'ends at {self.available[-1]}' if convs else f"holds none of torchvision's {arch} keys"
             raise InputError(f"{max(layers, key=vgg_layers(arch).index)} is asked for, but {self.source} {has}")
         self.convs, block = nn.ModuleDict(dict(convs[:n])), int(convs[n-1][0][4])
+        self.scale = convs[0][1].weight.abs().mean().item()          # of conv1_1 as loaded: the file's unit
         self.side = 2**(block - (f'pool{block}' not in layers))
         for k, v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)):
             self.register_buffer(k, convs[0][1].weight.new_tensor(v).view(3, 1, 1), persistent=False)

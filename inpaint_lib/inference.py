@@ -290,12 +290,12 @@ def context_encoder(nets:dict, meta:dict, *, device, path='weights'):
     G = _filled(G, state, path).to(device)
     return Fill(lambda image, mask: ce.fill(G, image, mask, fill=c.fill, overlap=c.overlap), 1, 1)
 
-# %% ../nbs/31_inference.ipynb #262a2ef6
+# %% ../nbs/31_inference.ipynb #41730115
 def structural_inpainting(nets:dict, meta:dict, *, device, path='weights'):
     "Structural Inpainting (Vo et al. 2018): as Context Encoder, trained with features"
     c = _config(si.StructuralInpaintingConfig, meta, path)
     G = _filled(si.StructuralEncoder(c.width, bottleneck=c.bottleneck, region=c.region), nets['generator'], path).to(device)
-    return Fill(lambda image, mask: si.fill(G, image, mask, hole_value=c.hole_value), 1, 1)
+    return Fill(lambda image, mask: si.fill(G, image, mask, hole_value=c.hole_value, overlap=c.overlap), 1, 1)
 
 def partial_conv(nets:dict, meta:dict, *, device, path='weights'):
     "Partial convolution (Liu et al. 2018): a U-Net that looks at known pixels only; views show its masks close"
@@ -436,7 +436,9 @@ def load_inpainter(method:str='edge_connect',  # a key of METHODS
     if method not in METHODS: raise InputError(f"no method '{method}'; expected one of {', '.join(METHODS)}")
     options, m, device = check_options(method, options), METHODS[method], pick_device(device)
     ready = lambda f, **kw: Inpainter(f.run, device=device, multiple=f.multiple, smallest=f.smallest, **kw)
-    if not m.nets: return ready(m.build({}, {}, device=device, **options))
+    if not m.nets:
+        if checkpoint: raise InputError(f'{method} learns nothing and takes no weights; found {checkpoint}, expected no checkpoint')
+        return ready(m.build({}, {}, device=device, **options))
     path = _file(checkpoint) if checkpoint else find_weights(method)
     if (why := lacks(path, method)): raise InputError(f'{path}: {why}; expected weights of {method} with {" and ".join(m.nets)}')
     nets, meta = load_weights(path)

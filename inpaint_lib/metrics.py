@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'l1', 'psnr', 'ssim_map', 'ssim', 'edge_precision_recall', 'edge_f1', 'sobel_gradient', 'gradient_error',
-           'image_metrics', 'bootstrap_ci', 'summarize_metrics', 'paired_bootstrap', 'verdict']
+           'image_metrics', 'bootstrap_ci', 'summarize_metrics', 'paired_interval', 'verdict']
 
 # %% ../nbs/13_metrics.ipynb #df365690
 import numpy as np
@@ -175,25 +175,33 @@ def summarize_metrics(rows,      # list of dict: 'bin' and scalars; other entrie
             if v: out[b][k] = dict(zip(('mean', 'lo', 'hi'), bootstrap_ci(v, n=n, seed=seed, level=level)), n=len(v))
     return out
 
-# %% ../nbs/13_metrics.ipynb #e1851781
-def paired_bootstrap(a,         # (seeds, pictures): a measure of method A
-                     b,         # (seeds, pictures): of method B, same seeds and pictures
-                     *, n=2000,  # how many resamples
-                     seed=0, level=.95,
-                    )->tuple:   # mean of a - b, low end, high end
-    "Paired difference with an interval over seeds and pictures. Pictures undefined in all rows are left out; else `InputError`"
+# %% ../nbs/13_metrics.ipynb #e0a8cca5
+def _differences(a, b):
+    "a - b, (seeds, pictures), without the pictures that are undefined in all rows of both; else `InputError`"
     a, b = (np.asarray(x, float) for x in (a, b))
     if a.shape != b.shape or a.ndim != 2:
         raise InputError(f'values of shape {a.shape} and {b.shape}; expected the same (seeds, pictures)')
-    d = a - b
-    d = d[:, ~(np.isnan(a) & np.isnan(b)).all(0)]
+    d = (a - b)[:, ~(np.isnan(a) & np.isnan(b)).all(0)]
     bad = int((~np.isfinite(d)).sum())
-    if bad or not d.size:
-        raise InputError(f'{bad} of {d.size} differences are infinite or undefined; expected at least one, all finite')
-    rng, (S, P) = keyed_rng(seed, 'paired bootstrap'), d.shape
-    rows, columns = (rng.multinomial(k, np.full(k, 1/k), n)/k for k in (S, P))      # how often each one is drawn, over k
-    low, high = np.quantile(((rows @ d)*columns).sum(1), [(1 - level)/2, (1 + level)/2])
-    return float(d.mean()), float(low), float(high)
+    if bad or d.size < 2:
+        raise InputError(f'{bad} of {d.size} differences are infinite or undefined; expected at least two, all finite')
+    return d
+
+# %% ../nbs/13_metrics.ipynb #e1851781
+def paired_interval(a,         # (seeds, pictures): a measure of method A
+                    b,         # (seeds, pictures): of method B, same seeds and pictures
+                    *, level=.95,
+                   )->tuple:   # mean of a - b, low end, high end
+    "Paired difference with Student's t over crossed seeds and pictures (Satterthwaite 1946); of one seed: over pictures only"
+    from scipy.stats import t
+    d = _differences(a, b)
+    means = [m for m in (d.mean(1), d.mean(0)) if len(m) > 1]            # of each seed, of each picture
+    parts = [m.var(ddof=1)/len(m) for m in means]
+    mean, total = float(d.mean()), sum(parts)
+    if total == 0: return mean, mean, mean
+    freedom = total**2/sum(u**2/(len(m) - 1) for u, m in zip(parts, means))
+    half = float(t.ppf((1 + level)/2, freedom)*total**.5)
+    return mean, mean - half, mean + half
 
 # %% ../nbs/13_metrics.ipynb #a5ab984d
 def verdict(lo:float,           # interval of a difference A - B

@@ -446,7 +446,7 @@ def _keep(up, run_dir, samples):
         figure = image_rows(sample_rows(up, samples), suptitle='; '.join(up.recipe.deviations) or None)
         save_figure(figure, run_dir/'samples'/f'step_{up.step:07d}.png')
 
-# %% ../nbs/14_training.ipynb #f6664e6f
+# %% ../nbs/14_training.ipynb #c2100f03
 def calibrate(recipe:Recipe, batches):
     "Measure the statistics of G's batch norms anew, over `batches`; those that are frozen keep theirs"
     recipe.train()
@@ -454,9 +454,11 @@ def calibrate(recipe:Recipe, batches):
     momenta = [m.momentum for m in norms]
     if not norms: return
     for m in norms: m.reset_running_stats(); m.momentum = None      # None: the mean over all batches
-    with torch.no_grad():
-        for batch in batches: recipe(batch)
-    for m, momentum in zip(norms, momenta): m.momentum = momentum
+    try:
+        with torch.no_grad():
+            for batch in batches: recipe(batch)
+    finally:
+        for m, momentum in zip(norms, momenta): m.momentum = momentum
 
 def _first_batches(up, n=16):
     "The first batches of the data set, whatever the step: the same after a resume"
@@ -501,12 +503,11 @@ def _end(up, run_dir, meta, *, trained):
     if not run_dir or not trained and (run_dir/'run.json').exists(): return
     r, c = up.recipe, up.config
     info = dict(meta, recipe=r.name, method=r.method, config=_plain_config(r.config), run=dataclasses.asdict(c), steps=up.step,
-                identity=up.identity, deviations=list(r.deviations), seconds=round(up.seconds, 1), device=device_name(up.engine.device),
-                torch=torch.__version__)
+                identity=up.identity, deviations=list(r.deviations), device=device_name(up.engine.device), torch=torch.__version__)
     with averaged(up):
         save_weights(run_dir/'weights.safetensors', {k: g.state_dict() for k, g in r.generators().items()}, info,
                      dtype={'fp16': torch.float16}.get(c.weights))
-    write_json(run_dir/'run.json', dict(info, skipped=sorted(up.skipped), processes=up.engine.num_processes))
+    write_json(run_dir/'run.json', dict(info, seconds=round(up.seconds, 1), skipped=sorted(up.skipped), processes=up.engine.num_processes))
 
 # %% ../nbs/14_training.ipynb #ae4e597a
 def device_name(device)->str:

@@ -1,4 +1,5 @@
 "Fillers without learning: what is known stays, what the hole holds has no influence, worked values, odd sizes, bad input"
+import math
 import warnings
 
 import numpy as np
@@ -238,9 +239,29 @@ def test_bad_input(fill, make, message):
 
 
 @pytest.mark.parametrize('fill, option, message', [
-    (C.telea, dict(radius=0), 'radius 0: expected a number of pixels above 0'),
-    (C.navier_stokes, dict(radius=-1), 'radius -1'),
-    (C.patch, dict(patch_size=4), 'patch_size 4, iterations 16'), (C.patch, dict(patch_size=1), 'patch_size 1'),
-    (C.patch, dict(iterations=0), 'iterations 0'), (C.patch, dict(gamma=.5), r'gamma 0\.5')], ids=str)
+    *((f, dict(radius=r), f'radius {r}: expected 1 to 100 pixels') for f in (C.telea, C.navier_stokes)
+      for r in (0, -1, .01, 100.5, 1_000_000, math.nan, math.inf, '3', None, True)),
+    *((C.patch, dict(patch_size=k), f'patch_size {k}: expected an odd whole number, 3 or more') for k in (4, 1, -3, 7., 5.5, '7', None)),
+    *((C.patch, dict(iterations=k), f'iterations {k}: expected 1, 2, 3') for k in (0, -1, 2.5, None)),
+    *((C.patch, dict(gamma=k), f'gamma {k}: expected a number, 1 or more') for k in (.5, math.nan, math.inf, '2')),
+    *((C.patch, dict(seed=k), f'seed {k}: expected 0, 1, 2') for k in (-1, .5, None, True))], ids=str)
 def test_bad_options(fill, option, message):
-    with pytest.raises(InputError, match=message): fill(photo(), as_mask(holes()['block']), **option)
+    with pytest.raises(InputError, match=message.replace('.', r'\.')) as e: fill(photo(), as_mask(holes()['block']), **option)
+    assert '\n' not in str(e.value)
+
+
+def test_good_options():
+    "The limits themselves, whole numbers of NumPy, and radii that OpenCV rounds"
+    image, mask = photo(), as_mask(holes()['block'])
+    for fill in (C.telea, C.navier_stokes):
+        same = lambda a, b: torch.equal(fill(image, mask, radius=a)['pred'], fill(image, mask, radius=b)['pred'])
+        assert same(1, 1.4) and same(3, 3.4) and same(3, np.int64(3)) and same(100, 99.9) and not same(3, 3.6)
+    a, b = (C.patch(image, mask, patch_size=k(5), iterations=k(1), gamma=1, seed=k(3))['pred'] for k in (int, np.int64))
+    assert torch.equal(a, b)
+
+
+def test_the_pyramid_of_a_large_hole_ends_when_whole_known_patches_run_out():
+    levels = C.pyramid(np.zeros((128, 128, 3), 'f4'), center_mask(128))
+    image, hole = levels[-1]
+    assert hole.shape == (32, 32) and hole.any(0).sum() == 16 and C.patch_centres(hole, 7).any()
+    assert not C.patch_centres(C.halve(image, hole)[1], 7).any()

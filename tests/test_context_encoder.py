@@ -51,6 +51,24 @@ def test_parameters(make, count):
     with META: assert count_params(make()) == count
 
 
+def test_random_region_networks_row_by_row():
+    "One layer of 64 maps more than the centre's: before the last of G, after the first of D"
+    def rows(net, x):
+        out = []
+        for m in net.main:
+            x = m(x)
+            if isinstance(m, nn.modules.conv._ConvNd): out.append((type(m).__name__, *x.shape[1:3], count_params(m)))
+            if isinstance(m, nn.BatchNorm2d): out[-1] += (m.num_features,)
+        return out
+    conv = [(64, 64, 3136), (64, 32, 65600, 64), (128, 16, 131200, 128), (256, 8, 524544, 256), (512, 4, 2097664, 512)]
+    up = [(512, 4, 32768512, 512), (256, 8, 2097408, 256), (128, 16, 524416, 128), (64, 32, 131136, 64), (64, 64, 65600, 64), (3, 128, 3075)]
+    named = lambda kind, part: [(kind, *r) for r in part]
+    with META:
+        G, D, x = ce.ContextEncoder(region='random', bias=True), ce.Discriminator(128, bias=True), torch.zeros(2, 3, 128, 128)
+        assert rows(G, x) == named('Conv2d', [*conv, (4000, 1, 32772000, 4000)]) + named('ConvTranspose2d', up)
+        assert rows(D, x) == named('Conv2d', [*conv, (1, 1, 8193)])
+
+
 def test_state_dict_has_the_layout_of_the_ports():
     with META: G, D = ce.ContextEncoder(), ce.Discriminator()
     weights = lambda net: {k: tuple(v.shape) for k, v in net.state_dict().items() if v.dim() > 1}
@@ -92,11 +110,12 @@ def test_channelwise_linear_is_a_block_diagonal_dense_layer_with_a_gradient():
 
 @pytest.mark.parametrize('call,message', [
     (lambda: ce.ContextEncoder(region='left'), 'expected center or random'), (lambda: ce.ContextEncoder(bottleneck=0), 'bottleneck 0'),
+    (lambda: ce.ContextEncoder(bottleneck=2.5), 'bottleneck 2.5; expected 1 or more, a whole number'), (lambda: ce.ContextEncoder(bottleneck=True), 'bottleneck True'),
     (lambda: ce.ContextEncoder(width=0), 'width 0'), (lambda: ce.Discriminator(32), 'expected 64 or 128'),
     (lambda: ce.ContextEncoder(**TINY)(torch.zeros(2, 3, 64, 64)), r'expected \(B,3,128,128\)'),
     (lambda: ce.ContextEncoder(**TINY)(torch.zeros(2, 4, 128, 128)), r'expected \(B,3,128,128\)'),
     (lambda: ce.Discriminator(64, .0625)(torch.zeros(2, 3, 128, 128)), r'expected \(B,3,64,64\)'),
-    (lambda: ce.overlap_weights(8, 4), 'expected 0 to 3'), (lambda: ce.overlap_weights(8, -1), 'overlap -1'),
+    (lambda: ce.overlap_weights(8, 4), 'expected 0 to 3'), (lambda: ce.overlap_weights(8, -1), 'overlap -1'), (lambda: ce.overlap_weights(8, 1.5), 'overlap 1.5 of 8 pixels; expected 0 to 3, a whole number'),
     (lambda: ce.center_crop(torch.zeros(1, 3, 8, 20), 9), '8x20'),
     (lambda: ce.paste_center(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 9)), 'expected 9 or more'),
     (lambda: ce.network_input(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), 'grey'), 'permuted, imagenet'),
@@ -137,7 +156,9 @@ def test_overlap_weights():
 
 @pytest.mark.parametrize('wrong,message', [
     (dict(region='x'), 'region'), (dict(fill='x'), 'fill'), (dict(rec_on='x'), 'rec_on'), (dict(overlap=-1), 'overlap'),
-    (dict(overlap=32), 'expected 0 to 31'), (dict(lambda_rec=-1), 'lambda_rec'), (dict(band_weight=math.nan), 'band_weight')])
+    (dict(overlap=32), 'expected 0 to 31'), (dict(overlap=4.), 'overlap 4.0; expected 0 to 31, a whole number'), (dict(overlap='4'), 'overlap 4'),
+    (dict(bottleneck=100.), 'bottleneck 100.0; expected 1 or more, a whole number'), (dict(bottleneck=0), 'bottleneck 0'), (dict(bottleneck=None), 'bottleneck None'),
+    (dict(lambda_rec=0, lambda_adv=0), 'lambda_rec and lambda_adv are 0; expected one above 0'), (dict(lambda_rec=-1), 'lambda_rec'), (dict(band_weight=math.nan), 'band_weight')])
 def test_config_refuses(wrong, message):
     with pytest.raises(InputError, match=message): ce.ContextEncoderConfig(**wrong)
 
@@ -148,6 +169,21 @@ def test_names_and_rates():
     assert ce.ContextEncoderRecipe.name == 'context_encoder'
     assert [o.param_groups[0]['lr'] for o in center.optimizers()] == [2e-3, pytest.approx(2e-4)]
     assert center.optimizers()[1].param_groups[0]['betas'] == (.5, .999) and center.update == 'alternating'
+
+
+def test_config_takes_one_loss_alone_and_whole_numbers_of_numpy():
+    import numpy as np
+    ce.ContextEncoderConfig(lambda_rec=0), ce.ContextEncoderConfig(lambda_adv=0, overlap=np.int64(0), bottleneck=np.int64(1))
+
+
+def test_deviations():
+    of = lambda **kw: recipe(**kw).deviations
+    shapes = 'random regions: smooth noise, one per picture (paper: PASCAL objects; code: one per batch)'
+    composite = 'D sees the composite; only the hole is compared (the code compares {})'
+    assert of() == [] and of(region='random') == [shapes]
+    assert of(rec_on='hole') == [composite.format('all 64x64')]
+    assert of(region='random', rec_on='hole') == [shapes, composite.format('the whole picture')]
+    assert ce.ContextEncoderRecipe.deviations == ()                                            # the class's are not touched
 
 
 @pytest.mark.parametrize('rec_on', ['output', 'hole'])
@@ -300,6 +336,46 @@ def test_many_small_holes_share_windows():
     assert 9 <= sum(calls) < 60 and m.sum() > 1000
 
 
+BAD = [(lambda x, m: (x[0], m), r'image of torch.float32 \(3, 40, 50\); expected floats \(B,3,H,W\)'),
+       (lambda x, m: (x[:, :1], m), r'\(1, 1, 40, 50\)'), (lambda x, m: ((x*255).byte(), m), 'image of torch.uint8'),
+       (lambda x, m: (x, m[..., 1:]), r'mask of shape \(1, 1, 40, 49\); expected \(1, 1, 40, 50\)'),
+       (lambda x, m: (x, m[0]), r'mask of shape \(1, 40, 50\)'), (lambda x, m: (x, m.repeat(1, 3, 1, 1)), r'mask of shape \(1, 3'),
+       (lambda x, m: (x.repeat(2, 1, 1, 1), m), r'expected \(2, 1, 40, 50\)'),
+       (lambda x, m: (x, m/2), 'mask has values from 0 to 0.5; expected 0'), (lambda x, m: (x, m*255), 'from 0 to 255'),
+       (lambda x, m: (x, m*math.nan), 'mask has values from nan')]
+
+
+@pytest.mark.parametrize('make, message', BAD, ids=[str(n) for n in range(len(BAD))])
+def test_windows_and_fill_refuse(nets, make, message):
+    x, m = make(torch.rand(1, 3, 40, 50), hole(40, 50, (10, 20, 10, 20)))
+    for call in (lambda: ce.fill_windows(blend, x, m), lambda: ce.fill(nets['center'], x, m), lambda: ce.fill(nets['random'], x, m)):
+        with pytest.raises(InputError, match=message) as e: call()
+        assert '\n' not in str(e.value)
+
+
+def test_extra_channels_are_pasted_window_by_window():
+    x, m = torch.rand(1, 3, 300, 420), hole(300, 420, (100, 150, 50, 100), (100, 150, 300, 350))
+    where = lambda a, b: torch.cat([a, torch.ones_like(b)*2, b], 1)
+    out = ce.fill_windows(where, x, m, extra=2)
+    assert out['extra'].shape == (1, 2, 300, 420) and out['comp'].shape == x.shape
+    windows = hole(300, 420, (61, 189, 11, 139), (61, 189, 261, 389))
+    assert torch.equal(out['extra'][:, :1], windows*2) and torch.equal(out['extra'][:, 1:], m)
+    plain = ce.fill_windows(lambda a, b: a, x, m)
+    assert set(plain) == {'pred', 'comp'} and all(torch.equal(plain[k], out[k]) for k in plain)
+
+
+def test_shares_of_hole_in_a_window():
+    "What the text says of random-region networks: trained with 20 to 30 %, used beyond"
+    def shares(side):
+        found = []
+        def look(a, b): found.extend(b.mean((1, 2, 3)).tolist()); return a
+        ce.fill_windows(look, torch.rand(1, 3, 500, 640), hole(500, 640, (80, 80 + side, 60, 60 + side)))
+        return found
+    large = shares(340)
+    assert len(large) == 25 and sum(s > .3 for s in large) == 24 and .28 < min(large) < .29 and .64 < max(large) < .65
+    assert shares(80) == [80**2/128**2] and shares(1) == [1/128**2]
+
+
 def test_mirroring():
     assert ce._mirrored(-3, 8, 2).tolist() == [1, 1, 0, 0, 1, 1, 0, 0] and ce._mirrored(4, 3, 100).tolist() == [4, 5, 6]
     w = ce._Window(0, (0, 0, 10, 10), (64, 64), 32, False)
@@ -329,7 +405,10 @@ def test_fill(nets, region, name):
     x = torch.rand(1, 3, h, w); known = (m == 0).expand_as(x)
     a, b = (ce.fill(nets[region], y, m) for y in (x, torch.where(m > 0, torch.rand_like(x), x)))
     assert torch.equal(a['comp'][known], x[known]) and torch.equal(a['comp'][~known], b['comp'][~known])
-    for v in a.values(): assert v.shape == x.shape and 0 <= v.min() and v.max() <= 1 and not v.requires_grad
+    assert set(a) == {'pred', 'comp', 'input', 'features'} and torch.equal(a['features'], b['features'])
+    for k, v in a.items():
+        assert v.shape == (1, 1 if k == 'features' else 3, h, w) and 0 <= v.min() and v.max() <= 1 and not v.requires_grad
+    assert a['features'].max() == 1 and a['features'].std() > 0
     assert not torch.equal(a['comp'][~known], ce.fill(nets[region], x, m, fill='imagenet')['comp'][~known])
 
 
@@ -353,6 +432,29 @@ def test_center_network_warns_out_of_protocol(nets, boxes):
         ce.fill(nets['random'], x, m)
     assert [t.category for t in told] == ([] if good else [ce.OutOfProtocol])
     if told: assert '56x56' in str(told[0].message) and '\n' not in str(told[0].message) and told[0].filename == __file__
+
+
+def test_features_are_the_encoders_in_every_window_and_0_elsewhere(nets):
+    set_seed(0); x, m = torch.rand(1, 3, 200, 220), hole(200, 220, (80, 110, 90, 120))
+    for region, inside in (('random', m), ('center', hole(200, 220, (67, 123, 77, 133)))):
+        out = ce.fill(nets[region], x, m)['features']
+        w = (..., slice(31, 159), slice(41, 169))
+        maps = nets[region].main[:8](ce.network_input(x[w], inside[w])).abs().mean(1)[0]
+        assert torch.allclose(out[w][0, 0, ::8, ::8], maps/maps.max(), atol=1e-5) and torch.equal(out[w][..., ::8, ::8], out[w][..., 7::8, 7::8])
+        rest = out.clone(); rest[w] = 0
+        assert (rest == 0).all()
+
+
+@pytest.mark.parametrize('dtype', (torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize('region', ['center', 'random'])
+def test_fill_takes_pictures_of_other_types(nets, region, dtype):
+    set_seed(0); x, m = torch.rand(1, 3, 140, 150), hole(140, 150, (40, 90, 50, 100))
+    out, plain = ce.fill(nets[region], x.to(dtype), m), ce.fill(nets[region], x, m)
+    assert all(v.dtype == dtype for v in out.values())
+    assert torch.equal(out['comp'][(m == 0).expand_as(x)], x.to(dtype)[(m == 0).expand_as(x)])
+    assert (out['comp'].float() - plain['comp']).abs().max() < (1e-6 if dtype == torch.float64 else .05)
+    assert torch.equal(ce.fill(nets[region], x, m.bool())['comp'], plain['comp'])              # a bool mask is as good
+    with pytest.raises(InputError, match='overlap 40'): ce.fill(nets[region], x, m, overlap=40)
 
 
 def test_fill_under_inference_mode_and_in_bfloat16(nets):

@@ -134,7 +134,31 @@ def test_files_that_are_refused(tmp_path, capsys, he):
     assert 'ran' not in capsys.readouterr().out
     says("holds none of torchvision's vgg19 keys", {'conv.weight': torch.ones(1)})
     says(r'features.0.weight is \(1, 3, 3, 3\); vgg19 has \(64, 3, 3, 3\)', he | {'features.0.weight': torch.ones(1, 3, 3, 3)})
-    says('relu4_1 is asked for, but the given state dict ends at pool3', he, arch='vgg16', layers=('relu4_1',))
+    part = {k: v for k, v in he.items() if int(k.split('.')[1]) <= 16}
+    says('relu4_1 is asked for, but the given state dict ends at pool3', part, layers=('relu4_1',))
+
+
+@pytest.mark.parametrize('arch,other,first', [('vgg16', 'vgg19', 16), ('vgg19', 'vgg16', 17)])
+def test_weights_of_the_other_vgg_are_refused(arch, other, first):
+    "pool1 to pool3 would run without complaint"
+    state = fill(vgg_shapes(other), 'he')
+    for cut in (first, 99):
+        part = {k: v for k, v in state.items() if int(k.split('.')[1]) <= cut}
+        with pytest.raises(InputError, match=rf'holds features.{first}.weight, which {arch} does not have, and looks like that of a {other}; '
+                           rf'expected weights of {arch}') as e: VGGFeatures(arch, ('pool1', 'pool2'), part)
+        assert '\n' not in str(e.value)
+    VGGFeatures(arch, ('pool2', 'relu3_3'), {k: v for k, v in state.items() if int(k.split('.')[1]) <= 14})    # can't be told apart
+    with pytest.raises(InputError, match='another network'): VGGFeatures(arch, ('pool1',), state | {'features.3.weight': torch.ones(1)})
+
+
+def test_scale_is_the_files_unit(he, tmp_path):
+    for factor, kind in ((1, torch.float64), (40, torch.float32), (40, torch.float16)):
+        state = {k: (v*factor if k == 'features.0.weight' else v).to(kind) for k, v in he.items()}
+        vgg = VGGFeatures('vgg19', ('conv1_1', 'relu2_1'), state)
+        assert isinstance(vgg.scale, float) and abs(vgg.scale/(factor*he['features.0.weight'].abs().mean().item()) - 1) < 1e-3
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path/'large.safetensors')
+    assert VGGFeatures('vgg19', ('relu1_1',), tmp_path/'large.safetensors', normalize=True).scale == vgg.scale
+
 
 def test_arguments_that_are_refused(he):
     for kw, pattern in ((dict(layers=('relu6_1',)), "asked for 'relu6_1'; expected names from conv1_1 to pool5"),

@@ -390,3 +390,24 @@ def test_weights_without_their_config_or_of_another_shape(tmp_path):
     assert '\n' not in str(e.value)
     with pytest.raises(InputError, match="weights of 'partial_conv'; expected weights of context_encoder"):
         load_inpainter('context_encoder', path)
+
+
+@pytest.mark.parametrize('overlap', [0, 7])
+def test_centre_networks_are_used_with_the_overlap_of_their_training(overlap, tmp_path):
+    from inpaint_lib.papers import structural_inpainting as si
+    from inpaint_lib.training import load_weights
+    path = save_untrained(tmp_path/'w.safetensors', 'structural_inpainting.center')
+    nets, meta = load_weights(path)
+    save_weights(path, nets, meta | dict(config=meta['config'] | dict(overlap=overlap)))
+    image, hole = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(3)), torch.zeros(128, 128, dtype=torch.bool)
+    a = 32 + overlap; hole[a:128 - a, a:128 - a] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        r = load_inpainter('structural_inpainting', path, 'cpu')(image, hole)
+    G = si.StructuralEncoder(meta['config']['width'], bottleneck=8, region='center'); G.load_state_dict(nets['generator'])
+    direct = si.fill(G.eval(), torch.where(hole, 0., image)[None], hole[None, None].float(), overlap=overlap)['pred'][0]
+    assert (r.pred - direct).abs().max() < 1e-6
+
+
+def test_a_filler_without_learning_takes_no_weights(tmp_path):
+    with pytest.raises(InputError, match='telea learns nothing and takes no weights'): load_inpainter('telea', tmp_path/'w.safetensors')

@@ -1,5 +1,6 @@
 """02_data.masks: hole ratios that are exact, masks that can be drawn again, and wrong masks that are told"""
 import hashlib
+import math
 import pickle
 import warnings
 
@@ -215,7 +216,35 @@ def test_kinds_refuse(folder):
     assert 'hloe' in one_line(mask_sampler, 'block', hloe=3) and 'shfit' in one_line(mask_sampler, 'irregular', folder=folder, shfit=0)
     assert "'bin'" in one_line(mask_sampler, 'bin')
     assert 'thresh' in one_line(mask_sampler, 'edge_connect4', folder=folder, thresh=0)
-    assert 'no hole-ratio bin 9' in one_line(mask_sampler('bin', bin=9), keyed_rng(0), 0, 32)
+    assert 'bin is 9; expected 0 to 5' in one_line(mask_sampler, 'bin', bin=9)
+    assert "(mask_dir), or masks 'partial_conv_drawn'" in one_line(mask_sampler, 'partial_conv')
+
+
+BAD_OPTIONS = [
+    *(('partial_conv_drawn', dict(dilate=d), 'such as 9+49') for d in (9, (49, 9), (-9, -3), (0, 9), (9., 49.), '9')),
+    ('partial_conv', dict(dilate=9), 'such as 9+49'), ('partial_conv', dict(threshold=.6), '1 to 255'), ('partial_conv', dict(crop=0), 'above 0'),
+    ('irregular', dict(shift=-1), '0 to 1'), ('irregular', dict(flip_x=2), '1 (yes)'), ('edge_connect4', dict(others=()), "no option 'others'"),
+    *(('bins', dict(bins=b), "masks 'bin' with bin=1") for b in (1, (), (1, 6), (1.5, 2))), ('bins', dict(border=2), 'must touch'),
+    *(('random_region', dict(ratio=r), 'such as 0.2+0.3') for r in (.2, (.3, .2), (-.1, .2), (.2, math.nan))),
+    *(('free_form', dict(strokes=s), 'such as 1+4') for s in (3, (0, 0), (4, 1), (1., 4.))), ('free_form', dict(width=(-1, .1)), 'fractions'),
+    ('free_form', dict(width=(3, 3)), "a trial of masks 'free_form', width (3, 3) is full"), ('free_form', dict(vertices=(0, 0)), 'such as 4+12'),
+    *((k, dict(hole=h), 'pixels from 1 on') for k in ('center', 'block', 'edge_connect1') for h in (3.7, 0, -4, (3, 0), (1, 2, 3), True)),
+    *(('context_encoder', dict(overlap=o), 'pixels from 0 on') for o in (7.5, -1, (3, 4))), ('bin', dict(bin=2, seed=.5), 'a whole number')]
+
+@pytest.mark.parametrize('kind,options,expected', BAD_OPTIONS)
+def test_bad_options_are_told_before_a_loader_starts(kind, options, expected, folder):
+    m = one_line(mask_sampler, kind, **options, **(dict(folder=folder) if kind in FILE_MASKS else {}))
+    assert f"masks '{kind}'" in m and expected in m and all(f'{k} ' in m or f"'{k}'" in m for k in options if k != 'bin')
+
+
+def test_good_options_of_any_size():
+    "What is measured in pixels may be larger than the trial picture"
+    for kind, options, size in (('center', dict(hole=200), 256), ('block', dict(hole=(100, 300)), 512), ('context_encoder', dict(overlap=100), 512)):
+        assert mask_sampler(kind, **options)(keyed_rng(0), 0, size).any()
+    assert '1000000' in one_line(mask_sampler, 'center', hole=10**6)
+    assert '8 x 8 in a picture of 8 x 8' in one_line(mask_sampler('center', hole=8), keyed_rng(0), 0, 8)     # nothing known is left
+    touching = [touches_border(mask_sampler('bins', border=b, bins=[3])(keyed_rng(i), i, 48)) for b in (0, 1) for i in range(8)]
+    assert touching == [False]*8 + [True]*8                                                     # as written on a command line
 
 
 # ---- context encoder, partial convolution
@@ -224,7 +253,7 @@ def test_context_encoder_centre():
     for overlap, side in (4, 56), (7, 50), (0, 64):
         m = mask_sampler('context_encoder', overlap=overlap)(None, 0, 128)
         assert m.sum() == side**2 and m[64 - side//2:64 + side//2, 64 - side//2:64 + side//2].all()
-    for bad in -1, 32: assert 'expected 0 to 31' in one_line(mask_sampler('context_encoder', overlap=bad), None, 0, 128)
+    assert 'expected 0 to 31' in one_line(mask_sampler('context_encoder', overlap=32), None, 0, 128)
 
 
 @pytest.mark.parametrize('size', [16, 64, (48, 80), 128])

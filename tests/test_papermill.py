@@ -85,7 +85,7 @@ def test_a_single_stage_is_measured_by_its_recipe(name, measures, trained, tmp_p
 
 @pytest.mark.parametrize('name, options, masks', [('context_encoder.center', 'overlap=7,bottleneck=8', 'context_encoder'),
                                                   ('structural_inpainting', 'bottleneck=8,joint_from=2', 'random_region'),
-                                                  ('partial_conv', 'l1_space=unit', 'bins')])
+                                                  ('partial_conv', 'l1_space=unit', 'partial_conv_drawn')])
 def test_every_paper_trains_and_its_weights_fill(name, options, masks, tmp_path):
     "D comes in the middle of the second one; masks and their options reach the data"
     given = dict(vgg_weights='none') if name != 'context_encoder.center' else {}

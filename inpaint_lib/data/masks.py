@@ -55,7 +55,7 @@ def _block(hw, hole, top, left):
 def _hole_hw(size, hole):
     "(H, W) of the picture and of its block; half the picture's unless given"
     (H, W), (h, w) = _hw(size), _hw(hole) if hole is not None else [s//2 for s in _hw(size)]
-    if not (0 < h <= H and 0 < w <= W):
+    if not (0 < h <= H and 0 < w <= W and h*w < H*W):
         raise InputError(f'hole of {h} x {w} in a picture of {H} x {W}; expected a smaller one')
     return (H, W), (h, w)
 
@@ -375,11 +375,11 @@ def _free_form(rng, index, size, *, strokes=(1, 4), vertices=(4, 12), width=(.05
     return free_form(rng, size, strokes=strokes, vertices=vertices, width=width, length=length)
 
 def _bin(rng, index, size, *, bin, seed=0, border=None):
-    return sample_bin_mask(bin, index, size=size, seed=seed, border=border)
+    return sample_bin_mask(bin, index, size=size, seed=seed, border=None if border is None else bool(border))
 
 def _bins(rng, index, size, *, bins=range(len(HOLE_BINS)), border=None):
     b, seed = bins[int(rng.integers(len(bins)))], int(rng.integers(2**31))
-    return sample_bin_mask(b, index, size=size, seed=seed, border=border)
+    return _bin(rng, index, size, bin=b, seed=seed, border=border)
 
 # %% ../../nbs/02_data.masks.ipynb #c6143182
 def _mixture(rng, index, size, *, parts): return parts[int(rng.integers(len(parts)))](rng, index, size)
@@ -403,6 +403,40 @@ FILE_MASKS = {'irregular': MaskFolder, 'files': _in_order, 'edge_connect3': _as_
               'partial_conv': PartialConvMasks}
 MASK_KINDS = (*DRAWN_MASKS, *FILE_MASKS)
 
+# %% ../../nbs/02_data.masks.ipynb #9f7b65fc
+def _number(x, lo=-math.inf, hi=math.inf, whole=True)->bool:
+    "Is it a number (no truth value) from `lo` to `hi`, a whole one if asked for?"
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    return isinstance(x, kinds) and not isinstance(x, bool) and lo <= x <= hi
+
+def _pair(v, lo, hi=math.inf, whole=True)->bool:
+    "Are these two numbers, from `lo` to `hi`, the smaller first?"
+    return isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(x, lo, hi, whole) for x in v) and v[0] <= v[1]
+
+def _bin_list(v)->bool:
+    "One or more bins, in a list, tuple or range?"
+    return isinstance(v, (tuple, list, range)) and len(v) > 0 and all(_number(b, 0, len(HOLE_BINS) - 1) for b in v)
+
+# %% ../../nbs/02_data.masks.ipynb #b84f01d9
+_STROKE = lambda v: _pair(v, 1e-6, 4, whole=False)
+_RULES = {   # option -> (is it good?, what was expected)
+    'dilate': (lambda v: _pair(v, 1), 'two whole numbers from 1 on, the smaller first, such as 9+49'),
+    'strokes': (lambda v: _pair(v, 1), 'two whole numbers from 1 on, the smaller first, such as 1+4'),
+    'vertices': (lambda v: _pair(v, 1), 'two whole numbers from 1 on, the smaller first, such as 4+12'),
+    'width': (_STROKE, 'two fractions above 0, the smaller first, such as 0.05+0.16'),
+    'length': (_STROKE, 'two fractions above 0, the smaller first, such as 0.05+0.25'),
+    'ratio': (lambda v: _pair(v, 0, 1, whole=False) and v[0] < v[1], 'two numbers from 0 to 1, the smaller first, such as 0.2+0.3'),
+    'hole': (lambda v: v is None or _number(v, 1) or isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(x, 1) for x in v),
+             'a whole number of pixels from 1 on, or two: height+width'),
+    'overlap': (lambda v: _number(v, 0), 'a whole number of pixels from 0 on'),
+    'bin': (lambda v: _number(v, 0, len(HOLE_BINS) - 1), f'0 to {len(HOLE_BINS) - 1}'),
+    'bins': (_bin_list, f"some of 0 to {len(HOLE_BINS) - 1}, such as 1+2; for a single one masks 'bin' with bin=1"),
+    'seed': (lambda v: _number(v), 'a whole number'), 'border': (lambda v: v is None or v in (0, 1), '1 (must touch it) or 0 (must not)'),
+    'threshold': (lambda v: _number(v, 1, 255), 'a whole number from 1 to 255'),
+    'shift': (lambda v: _number(v, 0, 1, False), 'a fraction from 0 to 1'),
+    'crop': (lambda v: _number(v, 1e-6, 1, False), 'a fraction above 0, up to 1'),
+    **{k: (lambda v: v in (0, 1), '1 (yes) or 0 (no)') for k in ('invert', 'flip_x', 'flip_y', 'rotate', 'in_order')}}
+
 # %% ../../nbs/02_data.masks.ipynb #a456e16f
 def mask_sampler(kind:str,     # one of MASK_KINDS
                  *, folder=None,   # of mask files, for the kinds that need them
@@ -410,8 +444,20 @@ def mask_sampler(kind:str,     # one of MASK_KINDS
     "A function masks(rng, index, size) -> bool (size,size), True = hole. `InputError` for an unknown kind, option or folder"
     if kind not in MASK_KINDS: raise InputError(f"no masks '{kind}'; expected one of {', '.join(MASK_KINDS)}")
     if kind in FILE_MASKS and folder is None:
-        raise InputError(f"masks '{kind}' come from files; expected a folder of them")
+        drawn = ", or masks 'partial_conv_drawn', which needs none" if kind == 'partial_conv' else ''
+        raise InputError(f"masks '{kind}' come from files; expected a folder of them (mask_dir){drawn}")
     make = DRAWN_MASKS.get(kind) or FILE_MASKS[kind]
     try: inspect.signature(make).bind(*([folder] if kind in FILE_MASKS else [None, 0, 0]), **options)
     except TypeError as e: raise InputError(f"masks '{kind}': {e}") from None
-    return make(folder, **options) if kind in FILE_MASKS else functools.partial(make, **options)
+    for k, v in options.items():
+        if k not in _RULES: raise InputError(f"masks '{kind}' have no option '{k}'")
+        if not _RULES[k][0](v): raise InputError(f"masks '{kind}': {k} is {v}; expected {_RULES[k][1]}")
+    if kind in FILE_MASKS: return make(folder, **options)
+    return _tried(functools.partial(make, **options), kind, options)
+
+def _tried(sampler, kind, options):
+    "The sampler of a drawn kind, after a trial at 64 pixels (more, where `hole` or `overlap` need it)"
+    side = min(4096, max(64, *(8*int(np.max(options.get(k) or 0)) for k in ('hole', 'overlap'))))
+    said = ''.join(f', {k} {v}' for k, v in options.items())
+    check_mask(sampler(keyed_rng(0, 'trial'), 0, side), name=f"a trial of masks '{kind}'{said}")
+    return sampler

@@ -57,11 +57,15 @@ def biharmonic(image:Tensor,  # (B,3,H,W) in [0,1]; what lies under the hole is 
         return inpaint_biharmonic(x.astype(np.float64), hole, split_into_regions=True, channel_axis=-1)
     return _each(fill, image, mask)
 
+# %% ../../nbs/28_papers.classical.ipynb #bb28c0a0
+def _whole(v): return isinstance(v, (int, np.integer)) and not isinstance(v, bool)
+def _number(v): return _whole(v) or isinstance(v, (float, np.floating))
+
 # %% ../../nbs/28_papers.classical.ipynb #ad02abde
 def _opencv(flag, image, mask, radius):
     "`cv2.inpaint` on pictures rounded to uint8"
     import cv2
-    if not radius > 0: raise InputError(f'radius {radius}: expected a number of pixels above 0')
+    if not (_number(radius) and 1 <= radius <= 100): raise InputError(f'radius {radius}: expected 1 to 100 pixels')
     def fill(x, hole):
         known = np.rint(x*255).astype(np.uint8)
         return cv2.inpaint(known, hole.astype(np.uint8), radius, getattr(cv2, flag)).astype(np.float32)/255
@@ -69,14 +73,14 @@ def _opencv(flag, image, mask, radius):
 
 def telea(image:Tensor,  # (B,3,H,W) in [0,1]; what lies under the hole is not read
           mask:Tensor,   # (B,1,H,W), 1 = hole
-          *, radius:float=3.,  # pixels around the one to be filled that count
+          *, radius:float=3.,  # pixels around that count, 1 to 100; OpenCV rounds them
          )->dict:        # pred (B,3,H,W); in the hole multiples of 1/255
     "From the rim inwards, a mean of known neighbours. Telea 2004, by OpenCV. `InputError` for bad input"
     return _opencv('INPAINT_TELEA', image, mask, radius)
 
 def navier_stokes(image:Tensor,  # (B,3,H,W) in [0,1]; what lies under the hole is not read
                   mask:Tensor,   # (B,1,H,W), 1 = hole
-                  *, radius:float=3.,  # pixels around the one to be filled that count
+                  *, radius:float=3.,  # pixels around that count, 1 to 100; OpenCV rounds them
                  )->dict:        # pred (B,3,H,W); in the hole multiples of 1/255
     "Lines of equal brightness run on into the hole. Bertalmio et al. 2001, by OpenCV. `InputError` for bad input"
     return _opencv('INPAINT_NS', image, mask, radius)
@@ -264,6 +268,15 @@ def fill_patches(image:np.ndarray, hole:np.ndarray, *, patch_size=7, iterations=
         iterations //= 2
     return field
 
+# %% ../../nbs/28_papers.classical.ipynb #bb28c0a3
+def _check_options(patch_size, iterations, gamma, seed):
+    "`InputError` for an option of `patch` without a meaning"
+    if not (_whole(patch_size) and patch_size >= 3 and patch_size % 2):
+        raise InputError(f'patch_size {patch_size}: expected an odd whole number, 3 or more')
+    if not (_whole(iterations) and iterations >= 1): raise InputError(f'iterations {iterations}: expected 1, 2, 3 ...')
+    if not (_number(gamma) and 1 <= gamma < np.inf): raise InputError(f'gamma {gamma}: expected a number, 1 or more')
+    if not (_whole(seed) and seed >= 0): raise InputError(f'seed {seed}: expected 0, 1, 2 ...')
+
 # %% ../../nbs/28_papers.classical.ipynb #d4dee6ee
 class PatchWarning(UserWarning):
     "The patch filler had nothing to copy and did something else"
@@ -272,14 +285,12 @@ def patch(image:Tensor,  # (B,3,H,W) in [0,1]; what lies under the hole is not r
           mask:Tensor,   # (B,1,H,W), 1 = hole
           *, patch_size:int=7,   # side of a patch, odd
           iterations:int=16,     # rounds at the coarsest level, halved at each finer one
-          gamma:float=2.,        # confidence falls by this factor per pixel into the hole
-          seed:int=0,            # of the random search
+          gamma:float=2.,        # confidence falls by this factor per pixel into the hole, 1 or more
+          seed:int=0,            # of the random search, 0 or more
          )->dict:                # pred and offsets (B,3,H,W)
     "Copies of similar known patches. Wexler et al. 2007, Barnes et al. 2009. `InputError` for bad input"
-    if patch_size < 3 or patch_size % 2 == 0 or iterations < 1 or gamma < 1:
-        raise InputError(f'patch_size {patch_size}, iterations {iterations}, gamma {gamma}; '
-                         'expected odd and at least 3, 1, 1')
     pred, offsets, how = [], [], dict(patch_size=patch_size, iterations=iterations, gamma=gamma, seed=seed)
+    _check_options(**how)
     for n, (x, hole) in enumerate(zip(*_checked(image, mask))):
         if patch_centres(hole, patch_size).any():
             field = fill_patches(x, hole, **how); pred.append(field.image); offsets.append(offset_colours(field))

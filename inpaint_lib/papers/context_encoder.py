@@ -119,6 +119,13 @@ def _check_square(x, side, who):
     if tuple(x.shape[1:]) == (3, side, side): return x
     raise InputError(f'{who}: an input of shape {tuple(x.shape)}; expected (B,3,{side},{side})')
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #aa20c0de
+def _check_whole(value, what, low, high=None):
+    "`InputError` unless `value` is a whole number from `low` to `high`"
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if whole and low <= value and (high is None or value <= high): return
+    raise InputError(f"{what}; expected {low} {'or more' if high is None else f'to {high}'}, a whole number")
+
 # %% ../../nbs/20_papers.context_encoder.ipynb #b5e3177e
 class ContextEncoder(nn.Module):
     "(B,3,128,128) in [-1,1] -> (B,3,64,64), the middle, or (B,3,128,128), all. Pathak et al. 2016 and their code"
@@ -128,7 +135,7 @@ class ContextEncoder(nn.Module):
                  bias:bool=False):              # published code: biases that stay 0
         super().__init__()
         if region not in ('center', 'random'): raise InputError(f"region '{region}'; expected center or random")
-        if bottleneck < 1: raise InputError(f'bottleneck {bottleneck}; expected 1 or more units')
+        _check_whole(bottleneck, f'bottleneck {bottleneck}', 1)
         c, self.region = [channels(n, width) for n in (64, 64, 128, 256, 512)], region
         up = [bottleneck, *c[:0:-1], *[c[0]]*(region == 'random')]
         self.main = nn.Sequential(
@@ -160,7 +167,7 @@ def overlap_weights(size:int,          # side of the predicted square
                     weight:float=10.,  # of the band
                    )->Tensor:          # (1,1,size,size)
     "1 inside, `weight` in the band along the border. Pathak et al. 2016. `InputError`: nothing inside"
-    if not 0 <= 2*overlap < size: raise InputError(f'overlap {overlap} of {size} pixels; expected 0 to {(size - 1)//2}')
+    _check_whole(overlap, f'overlap {overlap} of {size} pixels', 0, (size - 1)//2)
     w = torch.full((1, 1, size, size), float(weight))
     w[..., overlap:size - overlap, overlap:size - overlap] = 1
     return w
@@ -174,7 +181,9 @@ def _check_config(c):
             raise InputError(f"{key} '{getattr(c, key)}'; expected one of {', '.join(allowed)}")
     for key in ('lambda_rec', 'lambda_adv', 'band_weight'):
         if not getattr(c, key) >= 0: raise InputError(f'{key} {getattr(c, key)}; expected 0 or more')
-    if not 0 <= c.overlap < SIDE//4: raise InputError(f'overlap {c.overlap}; expected 0 to {SIDE//4 - 1}')
+    if not (c.lambda_rec or c.lambda_adv): raise InputError('lambda_rec and lambda_adv are 0; expected one above 0')
+    for key, low, high in (('bottleneck', 1, None), ('overlap', 0, SIDE//4 - 1)):
+        _check_whole(getattr(c, key), f'{key} {getattr(c, key)}', low, high)
 
 # %% ../../nbs/20_papers.context_encoder.ipynb #f512fe1d
 @dataclass
@@ -225,6 +234,14 @@ def _forward(recipe, image, mask):
 
 def _hole_psnr(batch, out): return psnr(out['comp'].float(), batch['image'], batch['mask']).mean()
 
+# %% ../../nbs/20_papers.context_encoder.ipynb #aa20c0e1
+def _deviations(c):
+    "What is done otherwise than in the paper or its code"
+    random = c.region == 'random'
+    shapes = 'random regions: smooth noise, one per picture (paper: PASCAL objects; code: one per batch)'
+    compared = f"D sees the composite; only the hole is compared (the code compares {'the whole picture' if random else 'all 64x64'})"
+    return [shapes]*random + [compared]*(c.rec_on == 'hole')
+
 # %% ../../nbs/20_papers.context_encoder.ipynb #79dbf21e
 class ContextEncoderRecipe(Recipe):
     "Reconstruction and adversarial loss, 128x128 pictures. Pathak et al. 2016. `InputError`: other sizes, other holes"
@@ -233,6 +250,7 @@ class ContextEncoderRecipe(Recipe):
         super().__init__(); self.config = c = config or ContextEncoderConfig()
         center = c.region == 'center'; self.size = SIDE//2 if center else SIDE
         if center: self.name += '.center'
+        self.deviations = _deviations(c)
         self.G = ContextEncoder(c.width, bottleneck=c.bottleneck, region=c.region)
         self.D = Discriminator(self.size, c.width) if c.lambda_adv else None
         weights = overlap_weights(self.size, c.overlap if center else 0, c.band_weight)
@@ -340,10 +358,20 @@ def _queue(hole, core, window, inward):
 def _paste(w, guess, comp, pred, left):
     "Write a window's prediction: into what is still empty of its box, and over all its pixels of `pred`"
     (y, x), (v, u) = w.core, w.within(w.core)
-    comp[w.b][:, y, x] = torch.where(left[w.b][:, y, x], guess[:, v, u], comp[w.b][:, y, x])
+    comp[w.b][:, y, x] = torch.where(left[w.b][:, y, x], guess[:3, v, u], comp[w.b][:, y, x])
     left[w.b][:, y, x] = False
     (y, x), (v, u) = w.real, w.within(w.real)
     pred[w.b][:, y, x] = guess[:, v, u]
+
+# %% ../../nbs/20_papers.context_encoder.ipynb #aa20c0e3
+def _check_windows(image, mask):
+    "`InputError` unless there is one mask of 0 and 1 for each picture, of its size"
+    if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+        raise InputError(f'image of {image.dtype} {tuple(image.shape)}; expected floats (B,3,H,W) in [0,1]')
+    want = (len(image), 1, *image.shape[2:])
+    if tuple(mask.shape) != want: raise InputError(f'mask of shape {tuple(mask.shape)}; expected {want}, as the image')
+    if not ((mask == 0) | (mask == 1)).all():
+        raise InputError(f'mask has values from {mask.min():g} to {mask.max():g}; expected 0 (known) and 1 (hole) only')
 
 # %% ../../nbs/20_papers.context_encoder.ipynb #a378da24
 def fill_windows(predict,        # (image (n,3,window,window) in [0,1], mask (n,1,window,window)) -> (n,3,window,window)
@@ -352,19 +380,23 @@ def fill_windows(predict,        # (image (n,3,window,window) in [0,1], mask (n,
                  *, window:int=SIDE,     # side of the pictures that `predict` takes
                  core:int=SIDE*5//8,     # largest part of a hole that one window fills
                  inward:bool=True,       # at a border shift windows inside; False: centre them, mirror the picture
-                 at_once:int=32)->dict:  # windows in one call of `predict`; returns comp, pred (B,3,H,W)
+                 extra:int=0,            # channels that `predict` gives after the three colours
+                 at_once:int=32)->dict:  # windows in one call; returns comp, pred (B,3,H,W), any extra (B,.,H,W)
     """Fill holes of any number, place and size, from their borders inwards; what is filled is known to later windows.
-    `pred` has what was predicted around the holes too, the picture elsewhere. `InputError`: core"""
+    `pred` has what was predicted around the holes too, the picture elsewhere. `InputError`: core, shapes, mask"""
+    _check_windows(image, mask)
     if not 1 <= core <= window: raise InputError(f'core {core}; expected 1 to {window}')
     left, comp = (mask > 0).clone(), fill_hole(image, mask, 0.)
-    pred, windows = comp.clone(), _queue(left[:, 0].cpu().numpy(), core, window, inward)
+    pred = torch.cat([comp, comp.new_zeros(len(comp), extra, *comp.shape[2:])], 1)
+    windows = _queue(left[:, 0].cpu().numpy(), core, window, inward)
     while windows:
         ready = _ready(windows, left[:, 0].cpu().numpy())
         now, windows = ([w for w, r in zip(windows, ready) if r == on] for on in (True, False))
         seen, holes = torch.stack([w.cut(comp) for w in now]), torch.stack([w.cut(left) for w in now]).to(mask.dtype)
         guesses = torch.cat([predict(*pair) for pair in zip(seen.split(at_once), holes.split(at_once))]).to(image.dtype)
         for w, guess in zip(now, guesses): _paste(w, guess, comp, pred, left)
-    return dict(pred=composite(comp, pred, mask), comp=composite(comp, image, mask))
+    out = dict(pred=composite(comp, pred[:, :3], mask), comp=composite(comp, image, mask))
+    return out | dict(extra=pred[:, 3:]) if extra else out
 
 # %% ../../nbs/20_papers.context_encoder.ipynb #38ad5183
 class OutOfProtocol(UserWarning):
@@ -391,14 +423,20 @@ def fill(G:nn.Module,   # trained `ContextEncoder`, in eval mode
          mask:Tensor,   # (B,1,H,W) exactly 0 or 1, 1 = hole
          *, fill:str='permuted',  # colour of the hole, as in training
          overlap:int=4,           # as in training (centre network)
-        )->dict:        # pred, comp, input (B,3,H,W) in [0,1]
-    "Fill the holes. Nothing below the mask has any influence. `OutOfProtocol`: a hole unlike the centre network's"
-    center = G.region == 'center'
+        )->dict:        # pred, comp, input (B,3,H,W), features (B,1,H,W) in [0,1]
+    """Fill the holes. Nothing below the mask has any influence. `OutOfProtocol`: a hole unlike the centre network's.
+    `InputError`: shapes, a mask of other values than 0 and 1"""
+    center, kind = G.region == 'center', next(G.parameters()).dtype
     core = SIDE//2 - 2*overlap if center else SIDE*5//8
+    _check_windows(image, mask); _check_whole(overlap, f'overlap {overlap}', 0, SIDE//4 - 1)
     if center: check_protocol(mask, core)
     def predict(x, m):
         if center: m = torch.maximum(m, center_hole(m, overlap))
-        guess = (G(network_input(x, m, fill)).to(x.dtype) + 1)/2
-        return paste_center(x, guess) if center else guess
-    out = fill_windows(predict, image, mask, core=core, inward=not center)
-    return out | dict(input=(network_input(image, mask, fill) + 1)/2)
+        maps = G.main[:8](network_input(x, m, fill).to(kind))             # (n,.,16,16): the encoder's third layer
+        guess = (G.main[8:](maps).to(x.dtype) + 1)/2
+        strength = nn.functional.interpolate(maps.abs().mean(1, keepdim=True), scale_factor=8.).to(x.dtype)
+        return torch.cat([paste_center(x, guess) if center else guess, strength], 1)
+    out = fill_windows(predict, image, mask, core=core, inward=not center, extra=1)
+    strength = out.pop('extra')
+    features = strength/strength.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    return out | dict(input=(network_input(image, mask, fill) + 1)/2, features=features)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['same_pad', 'ResizeConv', 'xavier', 'StructuralEncoder', 'StructuralDiscriminator', 'StructuralInpaintingConfig',
-           'compared', 'critic_terms', 'structural_terms', 'joint_phase', 'StructuralInpaintingRecipe', 'fill']
+           'compared', 'critic_terms', 'structural_terms', 'joint_phase', 'scale_note', 'StructuralInpaintingRecipe',
+           'fill']
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #de0afa0d
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,8 @@ from ..data.masks import composite, fill_hole
 from ..layers import channels
 from ..losses import adversarial_loss, feature_reconstruction
 from ..metrics import psnr
-from .context_encoder import (SIDE, check_protocol, center_crop, center_hole, fill_windows, overlap_weights,
-                                                paste_center)
+from .context_encoder import (SIDE, check_protocol, center_crop, center_hole, fill_windows,
+                                                overlap_weights, paste_center)
 from ..training import Recipe
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #0f538c1a
@@ -49,7 +51,8 @@ def _down(in_ch, out_ch): return [nn.Conv2d(in_ch, out_ch, 4, stride=2, padding=
 def _check_plan(region, bottleneck):
     "`InputError` for a network that nobody described"
     if region not in ('center', 'random'): raise InputError(f"region '{region}'; expected 'center' or 'random'")
-    if not bottleneck >= 1: raise InputError(f'bottleneck {bottleneck}; expected 1 or more (2000 in the published code)')
+    if not (isinstance(bottleneck, Integral) and bottleneck >= 1):
+        raise InputError(f'bottleneck {bottleneck}; expected a whole number from 1 on (2000 in the published code)')
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #2b9414bf
 class StructuralEncoder(nn.Module):
@@ -88,17 +91,26 @@ class StructuralDiscriminator(nn.Module):
             raise InputError(f'StructuralDiscriminator got {tuple(x.shape)}; expected (B,3,{self.size},{self.size})')
         return self.logit(self.down(x).flatten(1))
 
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #61d4bc57
+def _check_hole(overlap, hole_value):
+    "`InputError` for a hole that no 128x128 picture can have, or a grey that no picture can have"
+    if not (isinstance(overlap, Integral) and 0 <= overlap < SIDE//4):
+        raise InputError(f'overlap {overlap}; expected a whole number from 0 to {SIDE//4 - 1}')
+    if not 0 <= hole_value <= 1: raise InputError(f'hole_value {hole_value}; expected a grey from 0 to 1')
+
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #5d5a8c61
 def _check_config(c):
     "`InputError` for values without a meaning"
-    _check_plan(c.region, c.bottleneck)
+    _check_plan(c.region, c.bottleneck); _check_hole(c.overlap, c.hole_value)
     if c.rec_on not in ('output', 'hole'): raise InputError(f"rec_on '{c.rec_on}'; expected 'output' or 'hole'")
-    if not 0 <= c.overlap < SIDE//4: raise InputError(f'overlap {c.overlap}; expected 0 to {SIDE//4 - 1}')
     for k in ('lambda_mse', 'lambda_feat', 'lambda_adv', 'joint_from', 'band_weight'):
         if not getattr(c, k) >= 0: raise InputError(f'{k} {getattr(c, k)}; expected 0 or more')
+    for k in ('width', 'lr', 'd2g', 'joint_rate', 'feature_scale'):
+        if not getattr(c, k) > 0: raise InputError(f'{k} {getattr(c, k)}; expected more than 0')
     alone = c.joint_from > 0 or not c.lambda_adv                    # steps without an adversary
     if alone and not c.lambda_mse and not (c.lambda_feat and c.feature_layers and c.vgg_weights != 'none'):
-        raise InputError('nothing to minimise: expected a squared error, a feature term, or an adversary from the first step on')
+        raise InputError('nothing to minimise: expected a squared error, a feature term, '
+                         'or an adversary from the first step on')
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #a26b2a69
 @dataclass
@@ -181,12 +193,23 @@ def _check_batch(image, mask, c):
                          f"with overlap={c.overlap}, or region='random'")
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #c6fb39c2
-def _deviations(c):
-    "What differs from the paper by the choice of VGG"
-    if not c.lambda_feat: return []
-    if c.vgg_weights == 'none': return ['no feature term: vgg_weights=none']
-    small = c.vgg_weights == 'auto' and c.feature_scale < .05
-    return [f"feature_scale {c.feature_scale:.4f} is for Oxford's weights; torchvision's own need .226"]*small
+def scale_note(vgg:nn.Module,  # frozen, first layer first
+               scale:float,    # feature_scale
+              )->str:          # '' when the two fit within a factor of 3
+    "A line on a `feature_scale` for other weights than these, judged by the mean size of the first layer's weights"
+    size = next(iter(vgg.parameters())).abs().mean().item()
+    want = 1/255 if size > 1.5 else .226                # read brightness in units of 255, or of a deviation
+    fits = want/3 < scale < want*3
+    return '' if fits else f"feature_scale {scale:.4g}, but VGG's first weights (mean size {size:.2g}) ask for {want:.4g}"
+
+# %% ../../nbs/21_papers.structural_inpainting.ipynb #c27b8a02
+def _deviations(c, vgg):
+    "What differs from the published code by choice of features, region, or what the losses compare"
+    out = ['no feature term: vgg_weights=none'] if c.vgg_weights == 'none' and c.lambda_feat else []
+    if vgg is not None: out += filter(None, [scale_note(vgg, c.feature_scale)])
+    if c.region == 'random': out.append('random regions instead of the centre (ours)')
+    if c.rec_on == 'hole': out.append("losses see the composite (rec_on='hole'), not the network's whole output")
+    return out
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #490c10ea
 class StructuralInpaintingRecipe(Recipe):
@@ -195,7 +218,8 @@ class StructuralInpaintingRecipe(Recipe):
     def __init__(self, config:StructuralInpaintingConfig|None=None,
                  vgg:nn.Module|None=None):   # `VGGFeatures` with the config's layers; None: vgg_weights='none'
         super().__init__(); self.config = c = config or StructuralInpaintingConfig()
-        self.vgg, self.d_from, self.deviations = _needed_vgg(c, vgg), c.joint_from, _deviations(c)
+        self.vgg, self.d_from = _needed_vgg(c, vgg), c.joint_from
+        self.deviations = _deviations(c, self.vgg)
         self.name = 'structural_inpainting' + '.center'*(c.region == 'center')
         self.G = StructuralEncoder(c.width, bottleneck=c.bottleneck, region=c.region)
         size, band = (SIDE//2, c.overlap) if c.region == 'center' else (SIDE, 0)
@@ -222,7 +246,8 @@ def fill(G:nn.Module,   # trained `StructuralEncoder`, in eval mode
          *, hole_value:float=.437,  # grey of the hole, as in training
          overlap:int=4,             # as in training (centre network)
         )->dict:        # pred, comp, input (B,3,H,W) in [0,1]
-    "Fill the holes by windows of 128x128. Nothing below the mask has any influence. Warns `OutOfProtocol` (centre network)"
+    "Fill the holes by windows of 128x128. Nothing below the mask has any influence. Warns `OutOfProtocol`; `InputError`"
+    _check_hole(overlap, hole_value)
     center, core = G.region == 'center', SIDE//2 - 2*overlap if G.region == 'center' else SIDE//2
     if center: check_protocol(mask, core)
     def predict(x, m):

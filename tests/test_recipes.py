@@ -1,0 +1,122 @@
+"Names of recipes into networks: presets, what may be changed, what a run says of itself, and resuming the earlier papers"
+import shutil
+
+import pytest
+import torch
+
+from inpaint_lib import recipes, training
+from inpaint_lib.core import InputError, count_params
+from inpaint_lib.data import images, masks
+from tiny_weights import save_tiny, save_untrained
+
+EARLY = ('context_encoder', 'context_encoder.center', 'structural_inpainting', 'structural_inpainting.center', 'partial_conv',
+         'partial_conv.finetune')
+
+
+def without_vgg(name, **config): return config | (dict(vgg_weights='none') if recipes.RECIPES[name].vgg else {})
+
+
+@pytest.fixture(scope='module')
+def nets(tmp_path_factory):
+    "name of a needed network -> a file that holds it"
+    d = tmp_path_factory.mktemp('nets')
+    ec = save_tiny(d/'ec.safetensors', width=.25)
+    return dict(edge=ec, inpaint=ec, generator=None, d=d)
+
+
+@pytest.mark.parametrize('preset', ['smoke', 'tiny'])
+@pytest.mark.parametrize('name', recipes.RECIPES)
+def test_every_recipe_builds_and_makes_one_step(name, preset, nets):
+    stage = recipes.RECIPES[name]
+    given = {n: nets[n] or save_untrained(nets['d']/'pc.safetensors', 'partial_conv') for n in stage.needs}
+    config = without_vgg(name) | (dict(width=1/16) if 'generator' in given else {})
+    recipe, run, data = recipes.build(name, preset, config=config, checkpoints=given)
+    assert recipe.name == name and sum(map(count_params, recipe.generators().values())) <= 1_500_000
+    assert (preset == 'smoke') == (run.steps == 12)
+    if preset == 'tiny': return
+    if hasattr(recipe.config, 'joint_from'): assert recipe.config.joint_from < run.steps       # both phases are seen
+    data_set = images.PhotoDataset(images.open_source('builtin'), data.size, masks.mask_sampler(data.masks, **data.mask_options))
+    result = training.train(recipe, data_set, training.TrainConfig(steps=1, batch_size=2 if data.size < 64 else 3, device='cpu'), progress=False)
+    assert result.records[0]['g_total'] > 0
+
+
+def test_paper_presets_hold_the_papers_numbers():
+    recipe, run, data = recipes.build('context_encoder.center', 'paper')
+    assert count_params(recipe.G) == 71_124_544 and (run.batch_size, data.size, recipe.config.lr, recipe.config.d2g) == (64, 128, 2e-3, .1)
+    for name, lr in (('partial_conv', 2e-4), ('partial_conv.finetune', 5e-5)):
+        p, stage = recipes.RECIPES[name].presets['paper'], recipes.RECIPES[name]
+        assert (p['run']['batch_size'], p['data']['size'], p['data']['masks']) == (6, 512, 'partial_conv')
+        assert stage.config(**p['config']).lr == lr and stage.config(**p['config']).n_layers == 8
+    p = recipes.RECIPES['structural_inpainting.center'].presets['paper']
+    assert p['config']['joint_from']*6 == p['run']['steps']*5 and p['run']['batch_size'] == 64
+
+
+@pytest.mark.parametrize('name', [n for n in EARLY if recipes.RECIPES[n].vgg])
+def test_preset_paper_refuses_to_go_without_vgg(name, nets):
+    given = {n: save_untrained(nets['d']/'pc.safetensors', 'partial_conv') for n in recipes.RECIPES[name].needs}
+    with pytest.raises(InputError, match="preset 'paper' needs VGG"): recipes.build(name, 'paper', config=dict(vgg_weights='none'), checkpoints=given)
+
+
+@pytest.mark.parametrize('name, config, says', [
+    ('context_encoder.center', dict(region='random'), 'region=random: this recipe has region=center'),
+    ('structural_inpainting', dict(region='center'), 'region=center: this recipe has region=random'),
+    ('partial_conv', dict(freeze_bn=True), 'freeze_bn=True: this recipe has freeze_bn=False'),
+    ('partial_conv.finetune', dict(freeze_bn=False), 'freeze_bn=False: this recipe has freeze_bn=True'),
+    ('partial_conv.finetune', {}, "needs the network 'generator'"),
+])
+def test_what_makes_a_recipe_is_not_an_option(name, config, says):
+    with pytest.raises(InputError, match=says) as e: recipes.build(name, config=without_vgg(name, **config))
+    assert '\n' not in str(e.value)
+
+
+def test_changes_to_the_preset_are_deviations():
+    recipe, run, _ = recipes.build('structural_inpainting', config=dict(vgg_weights='none', lr=1e-3, rec_on='hole'), run=dict(steps=100))
+    text = '; '.join(recipe.deviations)
+    assert 'lr=0.001 (preset: 0.0005)' in text and 'rec_on=hole (preset: output)' in text and 'no adversary: joint_from=500 of 100 steps' in text
+    assert 'vgg_weights=none' in text
+    assert not any('preset' in d for d in recipes.build('context_encoder')[0].deviations)
+
+
+def test_a_loss_without_weight_needs_no_vgg():
+    off = dict(lambda_perc=0., lambda_style_out=0., lambda_style_comp=0.)
+    recipe, *_ = recipes.build('partial_conv', 'paper', config=off | dict(width=1/16))        # 'auto' would download
+    assert recipe.vgg is None and recipe.config.vgg_weights == 'none'
+
+
+def test_the_centre_holes_overlap_is_the_recipes():
+    assert recipes.build('context_encoder.center', config=dict(overlap=7))[2].mask_options == dict(overlap=7)
+    assert recipes.build('context_encoder')[2].mask_options == {}
+
+
+@pytest.mark.parametrize('name, killed', [('structural_inpainting', 2), ('structural_inpainting', 3), ('context_encoder', 2), ('partial_conv', 2)])
+def test_resume_is_exact_to_the_weights_file(name, killed, tmp_path):
+    "Across the step at which D joins, with averaged weights and batch norm measured anew"
+    config = without_vgg(name, width=1/16) | (dict(bottleneck=8) if 'partial' not in name else {})
+    if name == 'structural_inpainting': config['joint_from'] = 3
+    def run(steps, out):
+        recipe, _, data = recipes.build(name, config=config)
+        data_set = images.PhotoDataset(images.open_source('builtin'), data.size, masks.mask_sampler(data.masks))
+        samples = images.collate([data_set[9, i] for i in range(2)])
+        numbers = training.TrainConfig(steps=steps, batch_size=3, ema=.9, device='cpu')
+        recipe.deviations = []                                         # they name the number of steps
+        training.train(recipe, data_set, numbers, out, samples=samples, progress=False)
+    run(5, tmp_path/'whole'); run(killed, tmp_path/'parts')
+    shutil.rmtree(tmp_path/'parts'/'samples'); run(5, tmp_path/'parts')
+    a, b = (training.load_weights(tmp_path/k/'weights.safetensors') for k in ('whole', 'parts'))
+    assert all(torch.equal(v, b[0]['generator'][k]) for k, v in a[0]['generator'].items()) and a[1] == b[1]
+    assert (tmp_path/'whole'/'weights.safetensors').read_bytes() == (tmp_path/'parts'/'weights.safetensors').read_bytes()
+
+
+def test_averaged_batch_norm_fits_its_weights(tmp_path):
+    "Statistics of the last weights would be those of another network: after `averaged` they are those of the averaged one"
+    recipe, _, data = recipes.build('context_encoder', config=dict(width=1/16, bottleneck=8))
+    data_set = images.PhotoDataset(images.open_source('builtin'), data.size, masks.mask_sampler(data.masks))
+    up = training.Updater(recipe, training.TrainConfig(steps=4, batch_size=4, ema=.9, device='cpu')); up.dataset = data_set
+    stream = training._batches(up, data_set)
+    for _ in range(4): up.update(next(stream))
+    with training.averaged(up) as r:
+        got = {k: v.clone() for k, v in r.G.state_dict().items()}
+    assert all(torch.equal(got[k], up.ema[k]) for k, _ in recipe.G.named_parameters())
+    own = recipe.G.state_dict()
+    stat = next(k for k in got if k.endswith('running_mean'))
+    assert not torch.allclose(got[stat], up.ema[stat]) and torch.equal(own[stat], up.ema[stat])     # ema only copies them
