@@ -159,15 +159,14 @@ class VGGFeatures(nn.Module):
                  normalize:bool=False):                # remove ImageNet's mean and std first
         super().__init__()
         self.arch, self.layers, self.normalize, n = arch, tuple(layers), normalize, vgg_depth(layers, arch)
-        state, self.source = load_vgg(weights, arch)
-        convs = list(frozen_convs(state, arch, self.source).items())
+        state, self.source = load_vgg(weights, arch); convs = list(frozen_convs(state, arch, self.source).items())
         self.available = tuple(l for l in vgg_layers(arch) if vgg_depth((l,), arch) <= len(convs))
         if n > len(convs):
             has = f'ends at {self.available[-1]}' if convs else f"holds none of torchvision's {arch} keys"
             raise InputError(f"{max(layers, key=vgg_layers(arch).index)} is asked for, but {self.source} {has}")
         self.convs, block = nn.ModuleDict(dict(convs[:n])), int(convs[n-1][0][4])
         self.scale = convs[0][1].weight.abs().mean().item()          # of conv1_1 as loaded: the file's unit
-        self.side = 2**(block - (f'pool{block}' not in layers))
+        self.side = 2**(block - (f'pool{block}' not in layers))      # smallest picture
         for k, v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)):
             self.register_buffer(k, convs[0][1].weight.new_tensor(v).view(3, 1, 1), persistent=False)
 

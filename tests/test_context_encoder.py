@@ -408,7 +408,7 @@ def test_fill(nets, region, name):
     assert set(a) == {'pred', 'comp', 'input', 'features'} and torch.equal(a['features'], b['features'])
     for k, v in a.items():
         assert v.shape == (1, 1 if k == 'features' else 3, h, w) and 0 <= v.min() and v.max() <= 1 and not v.requires_grad
-    assert a['features'].max() == 1 and a['features'].std() > 0
+    assert a['features'].max() == 1 and (a['features'].std() > 0 or name == 'tiny')                # tiny: one block
     assert not torch.equal(a['comp'][~known], ce.fill(nets[region], x, m, fill='imagenet')['comp'][~known])
 
 

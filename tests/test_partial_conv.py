@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,7 @@ sys.path.insert(0, str(GOLDEN))
 from fill import fill as fill_state, sine  # noqa: E402
 
 from inpaint_lib.core import InputError, count_params, set_seed  # noqa: E402
+from inpaint_lib.data.images import builtin_photograph  # noqa: E402
 from inpaint_lib.data.masks import composite, dilate, sample_bin_mask  # noqa: E402
 from inpaint_lib.features import VGGFeatures, vgg_shapes  # noqa: E402
 from inpaint_lib.losses import gram  # noqa: E402
@@ -104,6 +106,27 @@ def test_half_precision(kind):
     assert (y.float() - exact).abs().max() < .02*exact.abs().max()
 
 
+@pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('groups', [None, (1399, 1)])
+def test_half_precision_of_a_wide_layer(kind, groups):
+    "k*k*C = 68,600 is beyond float16: an empty window gave NaN, a lonely channel -inf"
+    set_seed(0)
+    layer = pc.PartialConv2d(1400, 2, 7, groups=groups).to(kind); nn.init.constant_(layer.bias, .5)
+    x, v = torch.ones(1, 1400, 7, 7).to(kind), torch.zeros(1, len(layer.groups), 7, 7)
+    y, new = layer(x, v); y.sum().backward()
+    assert (y == 0).all() and y.dtype == kind and new.item() == 0 and layer.weight.grad.isfinite().all()
+    v[0, -1, 2, 5] = 1
+    y, new = layer(x, v); exact = copy.deepcopy(layer).double()(x.double(), v.double())[0]
+    assert y.dtype == kind and new.item() == 1 and torch.allclose(y.double(), exact, rtol=.02, atol=.1)
+
+
+def test_type_of_the_result():
+    x, v = torch.randn(1, 3, 6, 6), torch.ones(1, 1, 6, 6)
+    for kind in torch.float16, torch.bfloat16, torch.float32, torch.float64:
+        assert pc.PartialConv2d(3, 2).to(kind)(x.to(kind), v)[0].dtype == kind
+    with torch.autocast('cpu', torch.bfloat16): assert pc.PartialConv2d(3, 2)(x, v)[0].dtype == torch.bfloat16
+
+
 def test_mask_is_binary_and_without_gradient():
     v = torch.rand(1, 1, 9, 9, requires_grad=True)
     y, new = pc.PartialConv2d(1, 1, 3, padding=1)(torch.randn(1, 1, 9, 9), v)
@@ -116,6 +139,14 @@ def test_layer_refuses(shape):
     with pytest.raises(InputError, match=r'features \(2, 3, 8, 8\) with masks .*expected \(B,3,H,W\) with \(B,1,H,W\), 1 = known'):
         pc.PartialConv2d(3, 4)(torch.randn(2, 3, 8, 8), torch.ones(shape))
     with pytest.raises(InputError, match=r'groups \(4, 3\) for 8 channels'): pc.PartialConv2d(8, 4, groups=(4, 3))
+
+
+@pytest.mark.parametrize('kw,message', [(dict(groups=(4, -1)), r'groups \(4, -1\)'), (dict(groups=3), 'groups 3 for 3 channels'), (dict(groups=()), 'groups'),
+    (dict(groups=(3, 0)), 'groups'), (dict(groups=(1.5, 1.5)), 'groups'), (dict(kernel_size=(3, 3)), r'kernel_size is \(3, 3\); expected a whole number'),
+    (dict(kernel_size=0), 'kernel_size'), (dict(stride=0), 'stride is 0'), (dict(padding=-1), 'padding is -1'), (dict(out_ch=2.), 'out_ch')])
+def test_layer_refuses_its_own_sizes(kw, message):
+    with pytest.raises(InputError, match=message) as e: pc.PartialConv2d(**dict(in_ch=3, out_ch=4) | kw)
+    assert '\n' not in str(e.value)
 
 
 def test_network_is_the_documented_one():
@@ -183,7 +214,7 @@ def test_network_refuses():
     with pytest.raises(InputError, match='40x32 pixels; 4 layers need multiples of 16'): net(torch.rand(1, 3, 40, 32), torch.zeros(1, 1, 40, 32))
     with pytest.raises(InputError, match='one value per channel'): net.train()(torch.rand(1, 3, 16, 16), torch.zeros(1, 1, 16, 16))
     net.freeze_encoder_bn().train()(torch.rand(1, 3, 16, 16), torch.zeros(1, 1, 16, 16))      # nothing to average there any more
-    for n in (0, 1, 11, 2.5):
+    for n in (0, 1, 11, 2.5, 3.0):
         with pytest.raises(InputError, match='expected 2 to 10'): pc.PConvUNet(n_layers=n)
     with pytest.raises(InputError, match='width'): pc.PConvUNet(0)
 
@@ -333,18 +364,41 @@ def ablate(cells, folder, **changes):
 def test_ablation_in_pieces(ablation_cells, tmp_path):
     from safetensors.torch import save_file
     save_file({k: v.half().contiguous() for k, v in fill_state(VGG_KEYS, 'he').items()}, tmp_path/'vgg.safetensors')
-    file, out = str(tmp_path/'vgg.safetensors'), tmp_path/'ablation'
-    first = ablate(ablation_cells, out, vgg_weights=file, ablation_part='1/2')
+    file, out, photos = str(tmp_path/'vgg.safetensors'), tmp_path/'ablation', tmp_path/'photos'; photos.mkdir()
+    for i in range(3): Image.fromarray(builtin_photograph('rocket')[60*i:60*i + 80, 100:180]).save(photos/f'{i}.png')
+    both = dict(vgg_weights=file, test_dir=str(photos))
+    first = ablate(ablation_cells, out, **both, ablation_part='1/2')
     assert sorted(p.name for p in out.glob('*.json')) == ['full_seed0.json', 'no_vgg_seed0.json'] and first['rows'] == []
     kept = (out/'full_seed0.json').stat().st_mtime_ns
-    rows = ablate(ablation_cells, out, vgg_weights=file)['rows']
+    rows = ablate(ablation_cells, out, **both)['rows']
     assert (out/'full_seed0.json').stat().st_mtime_ns == kept and (out/'ablation_partial_conv.png').stat().st_size > 5000
     assert rows == json.loads((out/'ablation_partial_conv.json').read_text()) and len(rows) == 10
-    need = 'claim source experiment measure value interval n seeds budget device verdict deviations'.split()
+    need = 'claim source experiment measure value interval n left_out seeds budget device verdict deviations'.split()
     assert all(set(need) <= set(r) and r['verdict'] == 'undecided' for r in rows) and sum(r['decides'] for r in rows) == 2
+    told = ' | '.join(rows[0]['deviations'])
+    for part in ('VGG file vgg.safetensors ', 'scale 0.2', 'at step 1 style_out is ', 'batches of 6 of 512', '1 steps of 2 pictures of 64 pixels', 'rate 0.001 (paper: 2e-4), precision fp32'):
+        assert part in told, part
+    run = json.loads((out/'no_tv_seed0.json').read_text()); run['values']['psnr'][1] = None         # as an infinite PSNR is kept
+    (out/'no_tv_seed0.json').write_text(json.dumps(run))
+    spoilt = {(r['claim'], r['measure']): r for r in ablate(ablation_cells, out, **both)['rows']}
+    tv = {m: r for (claim, m), r in spoilt.items() if "'tv'" in claim}
+    assert tv['psnr']['left_out'] == 1 and tv['l1']['n'] == 3 and tv['psnr']['n'] == tv['l1']['n'] - 1 and tv['l1']['left_out'] == 0 and len(spoilt) == 10
     starts = {v: json.loads((out/f'{v}_seed0'/'log.jsonl').read_text().splitlines()[0]) for v in ('full', 'no_tv', 'no_vgg')}
     assert starts['full']['hole'] == starts['no_tv']['hole'] == starts['no_vgg']['hole']          # same start, same first batch
     assert 'tv' not in starts['no_tv'] and 'perceptual' not in starts['no_vgg'] and 'tv' in starts['full']
     for changes, message in ((dict(ablation_lr=2e-4), 'was made with lr 0.001'), (dict(ablation_variants='no_such'), "ablation_variants: 'no_such'"),
                              (dict(ablation_part='3/2'), "ablation_part '3/2'")):
-        with pytest.raises(InputError, match=message): ablate(ablation_cells, out, **dict(vgg_weights=file) | changes)
+        with pytest.raises(InputError, match=message): ablate(ablation_cells, out, **both | changes)
+
+
+def test_ablation_of_one_value_and_an_infinite_psnr_publishes(ablation_cells, tmp_path):
+    "One seed and one picture give no interval; neither this nor a perfect picture may end hours of training"
+    from safetensors.torch import save_file
+    save_file({k: v.half().contiguous() for k, v in fill_state(VGG_KEYS, 'he').items()}, tmp_path/'vgg.safetensors')
+    scope = ablate(ablation_cells, tmp_path/'ablation', vgg_weights=str(tmp_path/'vgg.safetensors'), ablation_variants='no_tv')
+    assert scope['rows'] == [] and (tmp_path/'ablation'/'ablation_partial_conv.json').is_file()
+    vgg = VGGFeatures('vgg16', ('pool1',), scope['vgg_weights'])
+    recipe = scope['ablation_recipe']('full', 0, vgg)
+    recipe.forward = lambda batch: dict(comp=batch['image'])                            # perfect
+    values = scope['measure_run'](recipe, vgg, scope['ablation_data']('builtin', False))
+    assert values['psnr'] == [None] and values['l1'] == [0.]

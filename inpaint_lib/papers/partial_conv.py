@@ -40,10 +40,18 @@ def count_known(valid:Tensor,  # (B,G,H,W), above 0 = known
     known = (valid > 0).float()
     weights = known.new_tensor(groups).view(1, -1, 1, 1)
     known = known*weights if len(groups) == 1 else (known*weights).sum(1, keepdim=True)
-    with torch.autocast(known.device.type, enabled=False):        # half precision can't count beyond 2048
+    with torch.autocast(known.device.type, enabled=False):        # bfloat16 counts to 256, float16 to 2048
         return F.conv2d(known, known.new_ones(1, 1, kernel_size, kernel_size), stride=stride, padding=padding)
 
 # %% ../../nbs/22_papers.partial_conv.ipynb #f7c83fe3
+def _check_layer(groups, **sizes):
+    "`InputError` for a size that is no whole number, and for groups that do not add up to `in_ch`"
+    for k, v in sizes.items():
+        if not isinstance(v, int) or v < (k != 'padding'): raise InputError(f'PartialConv2d: {k} is {v}; expected a whole number')
+    good = isinstance(groups, (tuple, list)) and all(isinstance(g, int) and g > 0 for g in groups)
+    if not good or sum(groups) != sizes['in_ch']:
+        raise InputError(f"groups {groups} for {sizes['in_ch']} channels; expected whole numbers above 0 with that sum, such as (4, 3)")
+
 def _check_valid(x, valid, groups):
     "`InputError` for a mask that does not fit the features"
     want = (len(x), len(groups), *x.shape[-2:])
@@ -57,8 +65,8 @@ class PartialConv2d(nn.Module):
     def __init__(self, in_ch:int, out_ch:int, kernel_size:int=3, stride:int=1, padding:int=0, bias:bool=True,
                  groups:tuple|None=None):  # channels under each mask of `valid` (B,G,H,W); None: one mask for all
         super().__init__()
-        self.groups, self.window = tuple(groups or (in_ch,)), dict(kernel_size=kernel_size, stride=stride, padding=padding)
-        if sum(self.groups) != in_ch: raise InputError(f'groups {self.groups} for {in_ch} channels; expected that sum')
+        groups, self.window = (in_ch,) if groups is None else groups, dict(kernel_size=kernel_size, stride=stride, padding=padding)
+        _check_layer(groups, in_ch=in_ch, out_ch=out_ch, **self.window); self.groups = tuple(groups)
         self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(out_ch, in_ch, kernel_size, kernel_size)))  # for ReLU
         self.register_parameter('bias', nn.Parameter(torch.zeros(out_ch)) if bias else None)
 
@@ -73,7 +81,7 @@ class PartialConv2d(nn.Module):
         x, total = torch.where(by_channel(valid, self.groups), x, 0.), count_known(valid, self.groups, **self.window)
         y = F.conv2d(x, self.weight, None, self.window['stride'], self.window['padding'])
         total, known = total.to(torch.promote_types(y.dtype, torch.float32)), total > 0
-        y = y*(self.weight[0].numel()/total.clamp(min=1)).to(y.dtype)     # whole numbers: no epsilon needed
+        y = (y*torch.where(known, self.weight[0].numel()/total, 0.)).to(y.dtype)     # in float32 at least; no epsilon
         if self.bias is not None: y = y + self.bias.to(y.dtype).view(-1, 1, 1)*known
         return y, known.to(valid.dtype)
 
@@ -172,7 +180,7 @@ class PConvUNet(_UNet):
     def __init__(self, width:float=1.,      # 1.0 = the paper
                  n_layers:int=7):           # halvings: 8 in the paper, 7 in well-known ports
         super().__init__(); self.n_layers = n_layers
-        if n_layers not in range(2, 11): raise InputError(f'n_layers {n_layers}; expected 2 to 10')
+        if not isinstance(n_layers, int) or n_layers not in range(2, 11): raise InputError(f'n_layers {n_layers}; expected 2 to 10')
         c, side = [3] + [channels(64*2**min(i, 3), width) for i in range(n_layers)], {1: 7, 2: 5, 3: 5}
         for i in range(1, n_layers + 1):
             down = dict(kernel_size=side.get(i, 3), stride=2, norm=i > 1, act=nn.ReLU(inplace=True))

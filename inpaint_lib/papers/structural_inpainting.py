@@ -40,7 +40,7 @@ class ResizeConv(nn.Module):
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #dddb6f55
 def xavier(net:nn.Module):
-    "Uniform Xavier weights and zero biases in every layer of `net`: the published code's default (Glorot & Bengio 2010)"
+    "Uniform Xavier weights and zero biases in every layer: the published code's default (Glorot & Bengio 2010)"
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
 
@@ -71,7 +71,8 @@ class StructuralEncoder(nn.Module):
 
     def forward(self, x:Tensor)->Tensor:
         "`InputError` for other sizes than 128x128, where the 4x4 bottleneck would not fit"
-        if tuple(x.shape[1:]) != (3, SIDE, SIDE): raise InputError(f'StructuralEncoder got {tuple(x.shape)}; expected (B,3,{SIDE},{SIDE})')
+        if tuple(x.shape[1:]) != (3, SIDE, SIDE):
+            raise InputError(f'StructuralEncoder got {tuple(x.shape)}; expected (B,3,{SIDE},{SIDE})')
         return self.up(self.bottleneck(self.down(x)))
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #265ae6bd
@@ -178,7 +179,8 @@ def _needed_vgg(c, vgg):
     need = c.vgg_weights != 'none' and c.lambda_feat > 0 and len(c.feature_layers) > 0
     if vgg is None and need: raise InputError(f"vgg_weights is '{c.vgg_weights}' and no VGG network is given; "
                                               "expected one, or vgg_weights='none' without one")
-    if vgg is not None and c.vgg_weights == 'none': raise InputError("vgg_weights is 'none' and a VGG network is given; expected none")
+    if vgg is not None and c.vgg_weights == 'none':
+        raise InputError("vgg_weights is 'none' and a VGG network is given; expected none")
     missing = [l for l in c.feature_layers if need and l not in vgg.layers]
     if missing: raise InputError(f"VGG was built without {', '.join(missing)}; it has {', '.join(vgg.layers)}")
     return vgg if need else None
@@ -187,10 +189,11 @@ def _needed_vgg(c, vgg):
 def _check_batch(image, mask, c):
     "`InputError` unless pictures are 128x128 and, for the centre network, holes the central ones"
     if tuple(image.shape[-2:]) != (SIDE, SIDE):
-        raise InputError(f'pictures of {image.shape[-2]}x{image.shape[-1]} pixels; structural_inpainting trains on {SIDE}x{SIDE}')
+        raise InputError(f'pictures of {image.shape[-2]}x{image.shape[-1]} pixels; '
+                         f'structural_inpainting trains on {SIDE}x{SIDE}')
     if c.region == 'center' and not torch.equal(mask, center_hole(mask, c.overlap)):
-        raise InputError(f"another hole than the middle {SIDE//2 - 2*c.overlap} pixels; expected masks 'context_encoder' "
-                         f"with overlap={c.overlap}, or region='random'")
+        raise InputError(f"another hole than the middle {SIDE//2 - 2*c.overlap} pixels; expected masks "
+                         f"'context_encoder' with overlap={c.overlap}, or region='random'")
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #c6fb39c2
 def scale_note(vgg:nn.Module,  # frozen, first layer first
@@ -200,7 +203,8 @@ def scale_note(vgg:nn.Module,  # frozen, first layer first
     size = next(iter(vgg.parameters())).abs().mean().item()
     want = 1/255 if size > 1.5 else .226                # read brightness in units of 255, or of a deviation
     fits = want/3 < scale < want*3
-    return '' if fits else f"feature_scale {scale:.4g}, but VGG's first weights (mean size {size:.2g}) ask for {want:.4g}"
+    if fits: return ''
+    return f"feature_scale {scale:.4g}, but VGG's first weights (mean size {size:.2g}) ask for {want:.4g}"
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #c27b8a02
 def _deviations(c, vgg):
@@ -218,8 +222,7 @@ class StructuralInpaintingRecipe(Recipe):
     def __init__(self, config:StructuralInpaintingConfig|None=None,
                  vgg:nn.Module|None=None):   # `VGGFeatures` with the config's layers; None: vgg_weights='none'
         super().__init__(); self.config = c = config or StructuralInpaintingConfig()
-        self.vgg, self.d_from = _needed_vgg(c, vgg), c.joint_from
-        self.deviations = _deviations(c, self.vgg)
+        self.vgg = _needed_vgg(c, vgg); self.d_from, self.deviations = c.joint_from, _deviations(c, self.vgg)
         self.name = 'structural_inpainting' + '.center'*(c.region == 'center')
         self.G = StructuralEncoder(c.width, bottleneck=c.bottleneck, region=c.region)
         size, band = (SIDE//2, c.overlap) if c.region == 'center' else (SIDE, 0)
@@ -228,15 +231,15 @@ class StructuralInpaintingRecipe(Recipe):
 
     def forward(self, batch):
         image, mask, c = batch['image'].detach(), batch['mask'].detach(), self.config
-        if self.step == 0: _check_batch(image, mask, c)     # the first step tells; later ones need no wait for the device
+        if self.step == 0: _check_batch(image, mask, c)     # the first step tells; later ones don't wait for the device
         region = self.G(fill_hole(image, mask, c.hole_value))
         pred = (paste_center(image, region) if c.region == 'center' else region.to(image.dtype)).clamp(0, 1)
         return dict(region=region, pred=pred, comp=composite(pred, image, mask))
-
     def d_terms(self, batch, out): return critic_terms(self, *compared(self.config, batch, out['region']))
     def g_terms(self, batch, out): return structural_terms(self, *compared(self.config, batch, out['region']))
     def schedule(self, step, opt_G, opt_D): joint_phase(self.config, step, opt_G, opt_D)
-    def metrics(self, batch, out): return dict(psnr_hole=psnr(out['comp'].float(), batch['image'], batch['mask']).mean())
+    def metrics(self, batch, out):
+        return dict(psnr_hole=psnr(out['comp'].float(), batch['image'], batch['mask']).mean())
 
 # %% ../../nbs/21_papers.structural_inpainting.ipynb #080773da
 @torch.no_grad()
@@ -246,7 +249,7 @@ def fill(G:nn.Module,   # trained `StructuralEncoder`, in eval mode
          *, hole_value:float=.437,  # grey of the hole, as in training
          overlap:int=4,             # as in training (centre network)
         )->dict:        # pred, comp, input (B,3,H,W) in [0,1]
-    "Fill the holes by windows of 128x128. Nothing below the mask has any influence. Warns `OutOfProtocol`; `InputError`"
+    "Fill the holes by windows of 128x128. What the mask hides has no influence. Warns `OutOfProtocol`; `InputError`"
     _check_hole(overlap, hole_value)
     center, core = G.region == 'center', SIDE//2 - 2*overlap if G.region == 'center' else SIDE//2
     if center: check_protocol(mask, core)
