@@ -192,7 +192,7 @@ def paired_interval(a,         # (seeds, pictures): a measure of method A
                     b,         # (seeds, pictures): of method B, same seeds and pictures
                     *, level=.95,
                    )->tuple:   # mean of a - b, low end, high end
-    "Paired difference with Student's t over crossed seeds and pictures (Satterthwaite 1946); of one seed: over pictures only"
+    "Paired difference with Student's t over crossed seeds and pictures (Satterthwaite 1946). One seed: pictures only"
     from scipy.stats import t
     d = _differences(a, b)
     means = [m for m in (d.mean(1), d.mean(0)) if len(m) > 1]            # of each seed, of each picture

@@ -7,7 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from inpaint_lib.core import InputError
-from inpaint_lib.metrics import (bootstrap_ci, edge_f1, edge_precision_recall, gradient_error, image_metrics, l1, paired_bootstrap,
+from inpaint_lib.metrics import (bootstrap_ci, edge_f1, edge_precision_recall, gradient_error, image_metrics, l1, paired_interval,
                                  psnr, sobel_gradient, ssim, ssim_map, summarize_metrics, verdict)
 
 
@@ -178,27 +178,50 @@ def test_edge_f1_by_hand():
     assert edge_f1(image, pred, rows).item() == pytest.approx(2/3)
 
 
-def test_paired_bootstrap():
+def test_paired_interval_by_hand():
+    "Two seeds, three pictures: variances of both means, Satterthwaite's degrees of freedom, Student's t"
+    from scipy.stats import t
+    d = np.array([[1., 2, 6], [2, 5, 8]])
+    u = ((3 - 4)**2 + (5 - 4)**2)/1/2                                          # seed means 3 and 5
+    v = ((1.5 - 4)**2 + (3.5 - 4)**2 + (7 - 4)**2)/2/3                         # picture means 1.5, 3.5, 7
+    freedom = (u + v)**2/(u**2/1 + v**2/2)
+    half = t.ppf(.975, freedom)*math.sqrt(u + v)
+    assert paired_interval(d, 0*d) == pytest.approx((4, 4 - half, 4 + half))
+    wide = paired_interval(d, 0*d, level=.99)
+    assert wide[1] < 4 - half and wide[2] > 4 + half
+
+
+def test_paired_interval():
     rng = np.random.default_rng(0)
     b = rng.normal(size=(4, 50)); a = b + .3 + .01*rng.normal(size=(4, 50))
-    mean, lo, hi = paired_bootstrap(a, b)
+    mean, lo, hi = paired_interval(a, b)
     assert mean == pytest.approx((a - b).mean()) and lo < mean < hi and hi - lo < .02           # hard pictures are paired out
-    assert paired_bootstrap(a, b) == (mean, lo, hi) != paired_bootstrap(a, b, seed=1)
-    assert paired_bootstrap(b, a)[0] == -mean and paired_bootstrap(a, a) == (0, 0, 0)
-    seeds = b + np.arange(4)[:, None]                                          # methods differ by the seed alone
-    assert np.allclose(paired_bootstrap(seeds, b)[1:], (.5, 2.5), atol=.3)
+    assert paired_interval(b, a) == pytest.approx((-mean, -hi, -lo)) and paired_interval(a, a) == (0, 0, 0)
+    seeds = b + np.arange(4)[:, None]                                          # methods differ by the seed alone: t with 3
+    assert np.allclose(paired_interval(seeds, b)[1:], 1.5 + 3.182*np.std(range(4), ddof=1)/2*np.array([-1, 1]), atol=.01)
     pictures = b + np.arange(50)                                               # by the picture alone
-    lo, hi = paired_bootstrap(pictures, b)[1:]
-    assert hi - lo == pytest.approx(2*1.96*np.arange(50).std()/50**.5, rel=.1)
+    lo, hi = paired_interval(pictures, b)[1:]
+    assert hi - lo == pytest.approx(2*2.01*np.arange(50).std(ddof=1)/50**.5, rel=.01)
+    assert paired_interval(pictures[:1], b[:1])[1:] == pytest.approx((lo, hi))                   # one seed: pictures only
     gap = a.copy(); gap[:, 3] = np.nan; gap_b = b.copy(); gap_b[:, 3] = np.nan
-    assert paired_bootstrap(gap, gap_b)[0] == pytest.approx(np.delete(a - b, 3, 1).mean())
+    assert paired_interval(gap, gap_b) == pytest.approx(paired_interval(*(np.delete(x, 3, 1) for x in (a, b))))
 
 
-def test_paired_bootstrap_refuses():
+@pytest.mark.parametrize('seeds', [0., .2, 2.])
+def test_paired_interval_keeps_its_promise_with_three_seeds(seeds):
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(500):
+        d = seeds*rng.normal(size=(3, 1)) + .5*rng.normal(size=(1, 40)) + .5*rng.normal(size=(3, 40))
+        _, lo, hi = paired_interval(d, 0*d); held += lo <= 0 <= hi
+    assert .92 < held/500 < .995
+
+
+def test_paired_interval_refuses():
     ok, gap = np.ones((2, 3)), np.array([[1, np.nan, 1], [1, 1, 1]])
     for a, b, says in ((ok, ok[:1], r'\(2, 3\) and \(1, 3\)'), (ok[0], ok[0], 'expected the same'), (gap, gap, '1 of 6'),
-                       (ok, gap, '1 of 6'), (ok*math.inf, ok, '6 of 6'), (ok*math.nan, ok*math.nan, 'at least one')):
-        with pytest.raises(InputError, match=says): paired_bootstrap(a, b)
+                       (ok, gap, '1 of 6'), (ok*math.inf, ok, '6 of 6'), (ok*math.nan, ok*math.nan, 'at least two'),
+                       (ok[:1, :1], ok[:1, :1], 'at least two')):
+        with pytest.raises(InputError, match=says): paired_interval(a, b)
 
 
 @pytest.mark.parametrize('lo, hi, word', [(.1, .2, 'reproduced'), (.001, .002, 'reproduced'), (-.2, -.1, 'not reproduced'), (-.05, .05, 'not reproduced'),

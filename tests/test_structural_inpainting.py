@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from inpaint_lib.core import InputError, count_params
-from inpaint_lib.data.images import BuiltinImages, PhotoDataset
+from inpaint_lib.data.images import BuiltinImages, PhotoDataset, builtin_photograph
 from inpaint_lib.data.masks import mask_sampler
 from inpaint_lib.features import VGGFeatures, vgg_shapes
 from inpaint_lib.papers.context_encoder import OutOfProtocol, center_hole
@@ -108,7 +109,7 @@ def test_weights_start_uniform_after_glorot_and_biases_at_zero():
 def test_networks_refuse_what_they_are_not_made_for():
     assert 'expected (B,3,128,128)' in refused(StructuralEncoder(**TINY), torch.rand(1, 3, 128, 96))
     assert "region 'middle'" in refused(StructuralEncoder, region='middle')
-    assert 'bottleneck 0' in refused(StructuralEncoder, bottleneck=0)
+    assert 'bottleneck 0' in refused(StructuralEncoder, bottleneck=0) and 'bottleneck 2.5' in refused(StructuralEncoder, bottleneck=2.5)
     assert 'size 96' in refused(StructuralDiscriminator, 96)
     assert 'expected (B,3,64,64)' in refused(StructuralDiscriminator(64, .05), torch.rand(1, 3, 128, 128))
 
@@ -119,6 +120,10 @@ def test_networks_refuse_what_they_are_not_made_for():
     (dict(region='left'), "region 'left'"), (dict(rec_on='all'), "rec_on 'all'"), (dict(overlap=32), 'overlap 32'),
     (dict(overlap=-1), 'overlap -1'), (dict(lambda_mse=-1), 'lambda_mse -1'), (dict(lambda_adv=float('nan')), 'lambda_adv nan'),
     (dict(joint_from=-5), 'joint_from -5'), (dict(band_weight=-1), 'band_weight -1'), (dict(bottleneck=0), 'bottleneck 0'),
+    (dict(bottleneck=8.5), 'bottleneck 8.5'), (dict(overlap=4.), 'overlap 4.0'), (dict(overlap=float('nan')), 'overlap nan'),
+    (dict(joint_rate=0), 'joint_rate 0'), (dict(joint_rate=-.1), 'joint_rate -0.1'), (dict(feature_scale=0), 'feature_scale 0'),
+    (dict(feature_scale=float('nan')), 'feature_scale nan'), (dict(hole_value=1.1), 'hole_value 1.1'), (dict(hole_value=-.1), 'hole_value -0.1'),
+    (dict(width=0), 'width 0'), (dict(lr=0), 'lr 0'), (dict(d2g=-1), 'd2g -1'),
     (dict(lambda_mse=0, lambda_feat=0), 'nothing to minimise'), (dict(lambda_mse=0, feature_layers=(), lambda_adv=0), 'nothing to minimise')])
 def test_config_refuses(wrong, says): assert says in refused(Config, **wrong)
 
@@ -138,10 +143,21 @@ def test_names_and_vgg(vgg):
     assert not any(k.startswith('vgg') for k in recipe.state_dict())
 
 
-def test_deviations_name_a_missing_and_a_vanishing_feature_term(vgg):
+def test_deviations_name_a_missing_and_an_unfit_feature_term(vgg):
     named = lambda v=None, **kw: StructuralInpaintingRecipe(Config(**TINY, **kw), v).deviations
-    assert 'vgg_weights=none' in named(vgg_weights='none')[0]
-    assert '.226' in named(vgg)[0] and not named(vgg, feature_scale=.226) and not named(vgg, vgg_weights='a file') and not named(lambda_feat=0.)
+    assert named(vgg_weights='none') == ['no feature term: vgg_weights=none'] and named(lambda_feat=0.) == []
+    oxford = VGGFeatures('vgg16', vgg.layers, {k: v*(57.6 if k.startswith('features.0.') else 1) for k, v in vgg_state().items()})
+    for v, fits, wrong in ((vgg, .226, 1/255), (oxford, 1/255, .226)):          # the weights tell, whatever they are called
+        for name in ('auto', 'a file'):
+            assert named(v, vgg_weights=name, feature_scale=fits) == []
+            note, = named(v, vgg_weights=name, feature_scale=wrong)
+            assert f'{wrong:.4g}' in note and f'{fits:.4g}' in note and '\n' not in note
+
+
+def test_deviations_name_region_and_comparison():
+    named = lambda **kw: StructuralInpaintingRecipe(Config(**TINY, lambda_feat=0., **kw)).deviations
+    assert named(region='random') == ['random regions instead of the centre (ours)']
+    assert 'composite' in named(rec_on='hole')[0] and len(named(rec_on='hole', region='random')) == 2
 
 
 def test_batches_of_another_size_or_hole_are_refused(batch):
@@ -293,6 +309,12 @@ def test_centre_network_sees_its_own_hole_and_warns_of_others():
     with pytest.warns(OutOfProtocol): fill(G, image, full.roll(30, 3))
 
 
+@pytest.mark.parametrize('wrong, says', [(dict(overlap=32), 'overlap 32'), (dict(overlap=4.), 'overlap 4.0'), (dict(hole_value=117), 'hole_value 117')])
+def test_fill_refuses(wrong, says):
+    G = StructuralEncoder(**TINY).eval()
+    assert says in refused(fill, G, torch.rand(1, 3, 128, 128), center_hole(torch.zeros(1, 1, 128, 128), 4), **wrong)
+
+
 # --- the claims experiment: the notebook's own cells, at toy size
 
 def experiment(**parameters):
@@ -304,7 +326,8 @@ def experiment(**parameters):
               or s.startswith('import hashlib')]
     unknown = set(parameters) - {line.split(' = ')[0] for line in source[at('steps = ')].splitlines()}
     assert not unknown
-    body = [n for n in range(at('VARIANTS = '), at('committed = ')) if not source[n].startswith(('rng = ', 'a, b = ', 'soft = '))]
+    body = [at('def mean_colour')] + [n for n in range(at('VARIANTS = '), at('committed = '))
+                                      if not source[n].startswith(('rng = ', 'a, b = ', 'shots = '))]
     for n in header + body:
         exec(compile(source[n], f'cell {n}', 'exec'), space)
         if source[n].startswith('steps = '): space.update(parameters)
@@ -315,32 +338,72 @@ def experiment(**parameters):
 def toy(tmp_path_factory):
     "A folder with a finished toy experiment"
     from safetensors.torch import save_file
-    folder = tmp_path_factory.mktemp('claims')
+    folder, held_out = tmp_path_factory.mktemp('claims'), tmp_path_factory.mktemp('held_out')
     save_file(vgg_state(), folder/'vgg.safetensors')
-    parameters = dict(vgg_weights=str(folder/'vgg.safetensors'), vgg_unit=1., seeds=2, claim_steps=2, claim_batch=2, claim_device='cpu',
-                      claim_variants='mse,mse+1_1+2_1+3_1')
+    cat = builtin_photograph('chelsea')
+    for i in range(5): Image.fromarray(np.array(cat[20*i:20*i+200, 40*i:40*i+200])).save(held_out/f'{i}.png')
+    parameters = dict(vgg_weights=str(folder/'vgg.safetensors'), vgg_unit=4.42, seeds=2, claim_pretrain=2, claim_pretrain_batch=2,
+                      claim_steps=2, claim_batch=2, claim_device='cpu', claim_variants='mse,mse+1_1+2_1+3_1', test_dir=str(held_out))
     return folder, parameters
 
 
 def test_claims_run_in_two_shares_and_resume(toy, capsys):
     folder, parameters = toy
     first = experiment(**parameters, claim_part='1/2'); _, runs, wanted = first['run_claims'](folder)
-    assert (len(runs), wanted) == (2, 4)
+    assert (set(runs), wanted) == ({(v, 0) for v in first['chosen_variants']()}, 4)             # shares are seeds: a start is trained once
+    assert [p.name for p in folder.glob('start_*')] == ['start_seed0']
+    started = (folder/'start_seed0'/'weights.safetensors').stat().st_mtime_ns
     times = {p: p.stat().st_mtime_ns for p in folder.glob('*.json')}
     space = experiment(**parameters); settings, runs, wanted = space['run_claims'](folder)
     assert len(runs) == wanted == 4 and all(p.stat().st_mtime_ns == t for p, t in times.items())
+    assert (folder/'start_seed0'/'weights.safetensors').stat().st_mtime_ns == started and (folder/'start_seed1').is_dir()
     assert runs['mse', 0]['values'] != runs['mse+1_1+2_1+3_1', 0]['values']
     assert set(runs['mse', 0]['values']) == set(space['MEASURES']) and str(folder) not in (folder/'mse_seed0.json').read_text()
 
     rows = space['publish'](folder, settings, runs, space['chosen_variants']())
     assert (folder/'claims_structural_inpainting.png').stat().st_size > 10_000
-    assert json.loads((folder/'claims_structural_inpainting.json').read_text()) == rows and len(rows) == 5
+    assert json.loads((folder/'claims_structural_inpainting.json').read_text()) == rows and len(rows) == 6
     need = {'claim', 'source', 'experiment', 'measure', 'value', 'interval', 'n', 'seeds', 'budget', 'device', 'verdict', 'deviations'}
     assert all(need <= set(r) and r['verdict'] == r['overall'] == 'undecided' for r in rows)          # two seeds decide nothing
-    space['table'](rows) if 'table' in space else None
+    for k in ('claim_steps', 'claim_pretrain'):
+        changed = experiment(**parameters | {k: 3})
+        assert f"{'steps' if k == 'claim_steps' else 'pretrain'} 2 (now 3)" in refused(changed['run_claims'], folder)
 
-    changed = experiment(**parameters | dict(claim_steps=3))
-    assert 'steps 2 (now 3)' in refused(changed['run_claims'], folder)
+
+def test_every_variant_goes_on_from_its_seeds_start(toy, tmp_path):
+    _, parameters = toy
+    space, began = experiment(**parameters | dict(seeds=1)), {}
+    real = space['train']
+    def spy(recipe, dataset, config, run_dir, **kw):
+        began.setdefault(run_dir.name, ({k: v.clone() for k, v in recipe.G.state_dict().items()}, config.seed))
+        return real(recipe, dataset, config, run_dir, **kw)
+    space['train'] = spy; space['run_claims'](tmp_path)
+    start = load_weights(tmp_path/'start_seed0'/'weights.safetensors')[0]['generator']
+    assert list(began) == ['start_seed0', 'mse_seed0', 'mse+1_1+2_1+3_1_seed0'] and len({began[k][1] for k in list(began)[1:]}) == 1
+    for name in list(began)[1:]: assert all(torch.equal(v, start[k]) for k, v in began[name][0].items())
+    assert not torch.equal(began['start_seed0'][0]['up.0.conv.weight'], start['up.0.conv.weight'])        # it has been trained
+
+
+def test_claims_refuse_a_vgg_in_other_units(toy, tmp_path):
+    _, parameters = toy
+    auto = experiment(**parameters | dict(vgg_weights='auto', vgg_unit=255.))
+    assert 'vgg_unit=4.42' in refused(auto['run_claims'], tmp_path)
+    assert 'mean size' in refused(experiment(**parameters | dict(vgg_unit=255.))['run_claims'], tmp_path)
+    assert "claim_part '3/2'" in refused(experiment(**parameters | dict(claim_part='3/2'))['run_claims'], tmp_path)
+    assert not list(tmp_path.iterdir())                                        # nothing has been trained
+
+
+def test_unrelated_lines_earn_nothing_above_chance():
+    space = experiment(); f, plain = space['MEASURES']['f1_above_chance'][0], space['MEASURES']['edge_f1'][0]
+    x = torch.arange(128.)
+    stripes = lambda period, axis: (.5 + .4*torch.sin(2*math.pi*x/period)).view((1, 1, -1, 1) if axis else (1, 1, 1, -1)).expand(1, 3, 128, 128)
+    image = torch.cat([stripes(p, a) for p in (12, 17, 23) for a in (0, 1)]); mask = center_hole(torch.zeros(6, 1, 128, 128), 4)
+    chance = torch.stack([plain(image, image.roll(-k, 0), mask) for k in (1, 2, 3)]).mean(0)
+    assert torch.allclose(f(image, image, mask), 1 - chance) and chance.min() > 0
+    assert (f(torch.full_like(image, .5), image, mask) == 0).all()             # no lines at all: nothing earned, nothing lost
+    strange = image.roll(-1, 0)                                                # the next picture: worth less than chance here
+    assert (f(strange, image, mask) < f(image, image, mask)).all() and f(strange, image, mask).mean() < .05
+    assert '3 pictures' in refused(f, image[:3], image[:3], mask[:3])
 
 
 def test_claims_refuse_unknown_variants_and_shared_pictures(toy):
@@ -353,12 +416,12 @@ def test_claims_refuse_unknown_variants_and_shared_pictures(toy):
 def test_all_variants_start_alike_and_train(toy):
     folder, parameters = toy
     space = experiment(**parameters)
-    # the deeper layers need a longer file: all but that variant
-    starts = {v: space['claim_recipe'](v, 1) for v in space['VARIANTS'] if '3_3' not in v}
+    assert list(space['VARIANTS']) == ['mse', 'mse+adv', 'mse+1_1', 'mse+2_1', 'mse+3_1', 'mse+1_1+2_1+3_1']
+    starts = {v: space['claim_recipe'](v, 1) for v in space['VARIANTS']}
     reference = starts['mse'].G.state_dict()
     assert all(torch.equal(p, reference[k]) for r in starts.values() for k, p in r.G.state_dict().items())
     assert [v for v, r in starts.items() if r.D is not None] == ['mse+adv'] and [v for v, r in starts.items() if r.vgg is None] == ['mse', 'mse+adv']
-    assert starts['mse+3_1'].config.feature_layers == ('relu3_1',) and starts['1_1+2_1+3_1'].config.lambda_mse == 0
+    assert starts['mse+3_1'].config.feature_layers == ('relu3_1',) and all(r.config.lambda_mse == 1 for r in starts.values())
 
 
 def test_ledger_follows_the_stated_rule():
@@ -366,17 +429,20 @@ def test_ledger_follows_the_stated_rule():
     rng, names, measures = np.random.default_rng(0), list(space['VARIANTS']), list(space['MEASURES'])
     base = rng.random((1, 50))
     def values(shift):      # OURS minus the others = shift, for measures where more is better
-        noise = lambda: .005*rng.standard_normal((3, 50))
+        noise = lambda: .002*rng.standard_normal((3, 50))
         made = {v: {m: (base + (shift if v == space['OURS'] else 0) + noise()).tolist() for m in measures} for v in names}
         return made | {'mean colour': {m: [[-9.*space['MEASURES'][m][1]]*50]*3 for m in measures}}
     for shift, expected in ((.1, 'reproduced'), (-.1, 'not reproduced'), (0., 'not reproduced')):
         rows = space['ledger'](values(shift), seeds=3)
-        assert len(rows) == 7*len(measures) and {r['overall'] for r in rows} == {expected}
-        assert {r['level'] for r in rows} == {.95, 1 - .05/6}
+        assert len(rows) == 5*len(measures) and {r['overall'] for r in rows} == {expected}
+        assert {r['level'] for r in rows} == {.95, 1 - .05/4}
+        assert all(r['ours'] - r['rival'] == pytest.approx(r['value']) for r in rows)
     less = [r for r in space['ledger'](values(.1), seeds=3) if r['measure'] == 'l1']
     assert {r['verdict'] for r in less} == {'not reproduced'}                  # less is better there
     untrained = values(.1); untrained['mean colour'] = {m: [[9.*space['MEASURES'][m][1]]*50]*3 for m in measures}
     assert {r['verdict'] for r in space['ledger'](untrained, seeds=3)} == {'undecided'}
+    untrained['mean colour']['psnr'] = [[-9.]*50]*3                            # PSNR alone tells whether a network has learnt
+    assert {r['overall'] for r in space['ledger'](untrained, seeds=3)} == {'reproduced'}
     missing = {k: v for k, v in values(.1).items() if k != 'mse+2_1'}
     assert {r['overall'] for r in space['ledger'](missing, seeds=3)} == {'reproduced', 'undecided'}   # a rival is missing
 

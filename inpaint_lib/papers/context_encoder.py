@@ -412,7 +412,7 @@ def check_protocol(mask, core):
                 around[a:a + core, a:a + core] = False
                 if not around.any(): continue
             return warnings.warn(
-                f'the centre network knows holes within the middle {core}x{core} of {SIDE}x{SIDE} pixels, all else '
+                f'out of protocol: the centre network knows holes in the middle {core}x{core} of {SIDE}x{SIDE} pixels, all else '
                 f'known; the one at row {box[0]}, column {box[1]} is not so, and is filled all the same',
                 OutOfProtocol, stacklevel=4)
 
