@@ -206,16 +206,11 @@ def build(name:str, preset:str='tiny', *,
          )->tuple:                 # (Recipe, TrainConfig, DataConfig)
     "A stage with its networks, seeded, from its name and preset. `InputError` names what is unknown or missing"
     stage = _choose(RECIPES, name, 'recipe'); p = _choose({**stage.presets, 'smoke': _smoke(stage)}, preset, 'preset')
-    notes = _overridden(stage, p.get('config', {}), config or {})
+    notes, vgg = _overridden(stage, p.get('config', {}), config or {}), None
     run, data = TrainConfig(**{**p.get('run', {}), **(run or {})}), DataConfig(**{**p.get('data', {}), **(data or {})})
-    config, vgg = _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed})), None
+    config = _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed}))
     if data.masks == 'context_encoder' and hasattr(config, 'overlap'): data.mask_options = dict(overlap=config.overlap) | data.mask_options
-    given = dict(checkpoints or {})
-    for n in given:
-        if n not in stage.needs + stage.takes: raise InputError(f"{name} takes no network '{n}'; expected {', '.join(stage.needs + stage.takes)}")
-    for n in stage.needs:
-        if n not in given: raise InputError(f"{name} needs the network '{n}' of an earlier stage; give it as checkpoints='{n}=PATH'")
-    nets = {n: read_net(n, path) for n, path in given.items()}
+    nets = _earlier(name, stage, dict(checkpoints or {}))
     if stage.vgg: config, vgg, more = make_vgg(config, preset, vgg_layers); notes = more + notes
     if getattr(config, 'joint_from', 0) >= run.steps: notes.append(f'no adversary: joint_from={config.joint_from} of {run.steps} steps')
     set_seed(run.seed)
@@ -223,6 +218,15 @@ def build(name:str, preset:str='tiny', *,
     recipe.deviations = [*recipe.deviations, *notes]
     recipe.name, recipe.start = name, {n: fingerprint(net.path) for n, net in nets.items()}
     return recipe, run, data
+
+# %% ../nbs/30_recipes.ipynb #409d9c85
+def _earlier(name, stage, given)->dict:
+    "The networks of earlier stages, read; `InputError` for one that is unknown or missing"
+    for n in given:
+        if n not in stage.needs + stage.takes: raise InputError(f"{name} takes no network '{n}'; expected {', '.join(stage.needs + stage.takes)}")
+    for n in stage.needs:
+        if n not in given: raise InputError(f"{name} needs the network '{n}' of an earlier stage; give it as checkpoints='{n}=PATH'")
+    return {n: read_net(n, path) for n, path in given.items()}
 
 # %% ../nbs/30_recipes.ipynb #9655b129
 def _checked(config):
