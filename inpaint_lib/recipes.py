@@ -206,7 +206,7 @@ def build(name:str, preset:str='tiny', *,
          )->tuple:                 # (Recipe, TrainConfig, DataConfig)
     "A stage with its networks, seeded, from its name and preset. `InputError` names what is unknown or missing"
     stage = _choose(RECIPES, name, 'recipe'); p = _choose({**stage.presets, 'smoke': _smoke(stage)}, preset, 'preset')
-    notes, vgg = _overridden(stage, p.get('config', {}), config or {}), None
+    notes, vgg = _overridden(stage, p.get('config', {}), config or {}) + _changed(dataclasses.asdict(DataConfig(**p.get('data', {}))), data or {}), None
     run, data = TrainConfig(**{**p.get('run', {}), **(run or {})}), DataConfig(**{**p.get('data', {}), **(data or {})})
     config = _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed}))
     if data.masks == 'context_encoder' and hasattr(config, 'overlap'): data.mask_options = dict(overlap=config.overlap) | data.mask_options
@@ -239,14 +239,15 @@ def _checked(config):
         if getattr(config, k, 1) <= 0: raise InputError(f'{k} is {getattr(config, k)}; expected a number above 0')
     return config
 
-# %% ../nbs/30_recipes.ipynb #38e02c7b
+# %% ../nbs/30_recipes.ipynb #671f24a1
 def _overridden(stage, preset, given)->list:
     "'lr=0.001 (preset: 0.0003)' for each changed value; `InputError` for a change to what is fixed"
     for k, v in stage.fixed.items():
         if given.get(k, v) != v: raise InputError(f'{k}={given[k]}: this recipe has {k}={v}; expected another recipe')
-    usual = {f.name: f.default for f in dataclasses.fields(stage.config)} | preset
-    own = ('seed', 'vgg_weights', 'vgg_arch', 'vgg_normalize')         # of the run, or noted elsewhere
-    return [f'{k}={v} (preset: {usual[k]})' for k, v in given.items() if k in usual and k not in own and v != usual[k] and k not in stage.fixed]
+    own = ('seed', 'vgg_weights', 'vgg_arch', 'vgg_normalize', *stage.fixed)         # of the run, or noted elsewhere
+    return _changed({f.name: f.default for f in dataclasses.fields(stage.config)} | preset, {k: v for k, v in given.items() if k not in own})
+
+def _changed(usual, given): return [f'{k}={v} (preset: {usual[k]})' for k, v in given.items() if k in usual and v != usual[k]]
 
 # %% ../nbs/30_recipes.ipynb #75cd6612
 def _smoke(stage):
