@@ -77,7 +77,7 @@ def _one(recipe):
 _OWN = dict(takes=('generator',))
 _LONG_64 = dict(batch_size=64, save_every=1000, picture_every=1000, workers=4)
 
-# %% ../nbs/30_recipes.ipynb #add5b9ea
+# %% ../nbs/30_recipes.ipynb #8a7d99df
 _CE, _SI = 'Pathak et al. 2016, CVPR', 'Vo et al. 2018, arXiv 1803.10348'
 _EPOCHS_CE, _EPOCH_SI = 500*14_900//64, 202_599//64
 _small = lambda **config: dict(config=dict(width=.25, bottleneck=200, **config))
@@ -86,7 +86,7 @@ _RANDOM, _CENTER = (dict(_OWN, size=128, fixed=dict(region=r)) for r in ('random
 _cep = dict(paper=dict(config={}, run=dict(_LONG_64, steps=_EPOCHS_CE)),
             tiny=dict(_small(), run=dict(steps=600, batch_size=32, save_every=100, picture_every=200, ema=.99)))
 _sip = dict(paper=dict(config=dict(joint_from=50*_EPOCH_SI, feature_scale=.226), run=dict(_LONG_64, steps=60*_EPOCH_SI)),
-            tiny=dict(_small(joint_from=500, lr=5e-4, feature_scale=.226), run=dict(steps=600, batch_size=16, save_every=100, picture_every=200, ema=.99)))
+            tiny=dict(_small(joint_from=250, lr=5e-4, feature_scale=.226), run=dict(steps=300, batch_size=8, save_every=100, picture_every=100, ema=.99)))
 
 # %% ../nbs/30_recipes.ipynb #6afd0f07
 _PC = 'Liu et al. 2018, ECCV, arXiv 1804.07723'

@@ -73,7 +73,7 @@ def test_changes_to_the_preset_are_deviations():
     recipe, run, _ = recipes.build('structural_inpainting', config=dict(vgg_weights='none', lr=1e-3, rec_on='hole'), run=dict(steps=100),
                                    data=dict(masks='bins'))
     text = '; '.join(recipe.deviations)
-    assert 'lr=0.001 (preset: 0.0005)' in text and 'rec_on=hole (preset: output)' in text and 'no adversary: joint_from=500 of 100 steps' in text
+    assert 'lr=0.001 (preset: 0.0005)' in text and 'rec_on=hole (preset: output)' in text and 'no adversary: joint_from=250 of 100 steps' in text
     assert 'vgg_weights=none' in text and 'masks=bins (preset: random_region)' in text and 'size' not in text
     assert not any('preset' in d for d in recipes.build('context_encoder')[0].deviations)
 
