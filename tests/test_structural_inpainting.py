@@ -441,7 +441,9 @@ def test_ledger_follows_the_stated_rule():
     assert {r['verdict'] for r in less} == {'not reproduced'}                  # less is better there
     untrained = values(.1); untrained['mean colour'] = {m: [[9.*space['MEASURES'][m][1]]*50]*3 for m in measures}
     assert {r['verdict'] for r in space['ledger'](untrained, seeds=3)} == {'undecided'}
-    untrained['mean colour']['psnr'] = [[-9.]*50]*3                            # PSNR alone tells whether a network has learnt
+    untrained['mean colour']['psnr'] = [[-9.]*50]*3                            # above one colour, but no lines: undecided still
+    assert {r['overall'] for r in space['ledger'](untrained, seeds=3)} == {'undecided'}
+    untrained['mean colour'][measures[0]] = [[-9.]*50]*3                       # above it in both
     assert {r['overall'] for r in space['ledger'](untrained, seeds=3)} == {'reproduced'}
     missing = {k: v for k, v in values(.1).items() if k != 'mse+2_1'}
     assert {r['overall'] for r in space['ledger'](missing, seeds=3)} == {'reproduced', 'undecided'}   # a rival is missing
