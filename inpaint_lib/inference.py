@@ -305,10 +305,10 @@ def partial_conv(nets:dict, meta:dict, *, device, path='weights'):
     return Fill(lambda image, mask: pc.fill(net, image, mask), side, side)
 
 # %% ../nbs/31_inference.ipynb #09ff630b
-def _classical(fill, **defaults):
+def _classical(fill):
     "The builder of a filler without learning, with its options"
     def build(nets, meta, *, device, **options):
-        return Fill(lambda image, mask: fill(image.cpu(), mask.cpu(), **defaults | options), 1, 1)
+        return Fill(lambda image, mask: fill(image.cpu(), mask.cpu(), **options), 1, 1)
     return build
 
 # %% ../nbs/31_inference.ipynb #11081f92
