@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'keyed_rng', 'set_seed', 'pick_device', 'checkout', 'atomic_write', 'write_json', 'global_mean',
-           'LayerRow', 'summarize', 'layer_rows', 'count_params', 'compare_table', 'conv_macs']
+           'LayerRow', 'summarize', 'layer_rows', 'count_params', 'compare_table', 'conv_macs', 'fingerprint']
 
 # %% ../nbs/00_core.ipynb #4bb3773f
 import contextlib, dataclasses, hashlib, json, os, random, tempfile
@@ -144,3 +144,8 @@ def conv_macs(net:nn.Module, *shapes)->int:
     with torch.no_grad(): net(*(torch.zeros(s, dtype=p.dtype, device=p.device) for s in shapes))
     for h in hooks: h.remove()
     return sum(total)
+
+# %% ../nbs/00_core.ipynb #ddc19321
+def fingerprint(path)->str:
+    "A file's name and the beginning of its SHA-256: the same file wherever it lies, and no folder of this machine"
+    return f'{Path(path).name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}'

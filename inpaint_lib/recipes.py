@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DataConfig', 'Stage', 'Net', 'read_net', 'load_net', 'parse_nets', 'vgg_fields', 'shorten', 'uses_vgg',
-           'make_vgg', 'fingerprint', 'build', 'RunParameters', 'TrainParameters', 'EvaluateParameters',
-           'check_parameters', 'given_parameters', 'parse_options', 'parse_mask_options', 'build_run', 'rooted']
+           'make_vgg', 'build', 'RunParameters', 'TrainParameters', 'EvaluateParameters', 'check_parameters',
+           'given_parameters', 'parse_options', 'parse_mask_options', 'build_run', 'rooted']
 
 # %% ../nbs/30_recipes.ipynb #207a687d
-import dataclasses, difflib, hashlib, math
+import dataclasses, difflib, math
 from collections.abc import Callable
 from pathlib import Path
 
-from .core import InputError, checkout, count_params, set_seed
+from .core import InputError, checkout, count_params, fingerprint, set_seed
 from .training import Recipe, TrainConfig, load_weights
 from .papers import context_encoder as ce, edge_connect as ec, partial_conv as pc, structural_inpainting as si
 
@@ -190,11 +190,6 @@ def make_vgg(config, preset:str, layers:str='')->tuple:
         config = dataclasses.replace(config, vgg_weights=fingerprint(config.vgg_weights))
         if vgg: notes.append(f'VGG features of {config.vgg_weights}, mean |conv1_1 weight| {vgg.scale:.2g}')
     return config, vgg, notes
-
-# %% ../nbs/30_recipes.ipynb #548ac586
-def fingerprint(path)->str:
-    "A file's name and the beginning of its SHA-256: the same file wherever it lies, and no folder of this machine"
-    return f'{Path(path).name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}'
 
 # %% ../nbs/30_recipes.ipynb #7ebe11c2
 def build(name:str, preset:str='tiny', *,
