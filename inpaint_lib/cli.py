@@ -180,7 +180,8 @@ def evaluate(args):
 
 # %% ../nbs/34_cli.ipynb #0c0d52d3
 FILES = {'edge_connect': ('EdgeModel_gen.pth', 'InpaintingModel_gen.pth'),   # official files of each method, in order
-         'context_encoder': ('netG.pth',), 'partial_conv': ('unet.pth',)}    # or the names that their PyTorch ports give them
+         'context_encoder': ('netG.pth',), 'partial_conv': ('unet.pth',),   # or the names that their PyTorch ports give them
+         'deepfill_v1': ('deepfill_v1.pth',), 'deepfill_v2': ('deepfill_v2.pth',)}   # any name: the layout is recognised
 
 def import_(args):
     "Official checkpoints into one weights file of ours"
@@ -190,7 +191,7 @@ def import_(args):
     names = FILES[args.method]
     if len(args.files) != len(names): raise InputError(f"{args.method}: {len(args.files)} files; expected {len(names)}: {' '.join(names)}")
     if Path(args.out).suffix != '.safetensors': raise InputError(f'{args.out}: expected a name that ends in .safetensors')
-    meta = IMPORTS[args.method](*args.files, args.out)
+    meta = IMPORTS[args.method](*args.files, args.out, **{k: typed(v) for k, v in _options(args.option).items()})
     print(f"{args.out}: {args.method}, width {meta['config']['width']:g}")
 
 # %% ../nbs/34_cli.ipynb #ef033962
@@ -243,6 +244,8 @@ def _file_commands(command, method, device):
     command('import', import_, 'Turn official checkpoints into a weights file.',
             ('method', dict(metavar='METHOD', help=', '.join(FILES))),
             ('files', dict(nargs='+', metavar='FILE', help='; '.join(f"{m}: {' '.join(f)}" for m, f in FILES.items()))),
+            ('--option', dict(action='append', metavar='NAME=VALUE',
+                              help='of a DeepFill file: channels=bgr (trained on BGR), mask_steps=2, fuse=false, padding=symmetric')),
             ('--out', dict(required=True, metavar='FILE', help='the .safetensors file to write')))
     command('methods', methods, 'List the methods and where their weights are.')
 

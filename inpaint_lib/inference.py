@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSSLESS', 'LOSSY', 'METHODS', 'upright', 'open_stored', 'settle', 'colours', 'paste_samples', 'paste', 'padded',
-           'read_mask', 'run_fill', 'Result', 'Inpainter', 'check_suffix', 'save_result', 'Fill', 'edge_connect',
-           'context_encoder', 'structural_inpainting', 'partial_conv', 'Method', 'check_options', 'header', 'lacks',
-           'weights_method', 'weights_stage', 'find_weights', 'available', 'load_inpainter']
+           'read_mask', 'read_sketch', 'run_fill', 'Result', 'Inpainter', 'check_suffix', 'save_result', 'Fill',
+           'edge_connect', 'context_encoder', 'structural_inpainting', 'partial_conv', 'deepfill_v1', 'deepfill_v2',
+           'Method', 'check_options', 'header', 'lacks', 'weights_method', 'weights_stage', 'find_weights', 'available',
+           'load_inpainter']
 
 # %% ../nbs/31_inference.ipynb #a44f55b0
 import dataclasses, json, math, re, warnings
@@ -21,7 +22,7 @@ from torch import Tensor
 from .core import InputError, atomic_write, checkout, pick_device
 from .data.images import to_uint8
 from .data.masks import check_mask, load_mask
-from .papers import classical, context_encoder as ce, partial_conv as pc, structural_inpainting as si
+from .papers import classical, context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, partial_conv as pc, structural_inpainting as si
 from .papers.edge_connect import EdgeGenerator, InpaintGenerator, fill
 from .training import load_weights
 
@@ -152,20 +153,40 @@ def read_mask(mask,        # path, PIL, bool or uint8 (H,W), or a tensor of 0 an
     for t in told: warnings.warn(t.message, stacklevel=3)
     return torch.stack([torch.from_numpy(np.ascontiguousarray(h, dtype=bool)) for h in holes])[:, None].expand(B, 1, H, W)
 
+# %% ../nbs/31_inference.ipynb #55bdb439
+def read_sketch(sketch,     # path, PIL, bool or uint8 (H,W), or floats in [0,1]: (H,W), (1,H,W) or (B,1,H,W)
+                shape,      # (B, H, W) of the image
+               )->Tensor:   # (B,1,H,W) float32 in [0,1], 1 = line
+    "A sketch for every picture; `InputError` for another size or values, a warning if it looks dark on white"
+    B, H, W = shape
+    if isinstance(sketch, (str, Path)): sketch = open_stored(sketch)
+    if isinstance(sketch, Image.Image): sketch = np.asarray(sketch.convert('L'))
+    s = sketch if isinstance(sketch, Tensor) else torch.tensor(np.asarray(sketch))
+    s = s.float()/(255 if s.dtype == torch.uint8 else 1)
+    if s.ndim > 1: s = s.reshape(-1, 1, *s.shape[-2:])
+    if s.ndim != 4 or len(s) not in (1, B) or s.shape[-2:] != (H, W) or not (s.min() >= 0 and s.max() <= 1):
+        raise InputError(f'sketch of shape {tuple(s.shape)} for pictures of {W} x {H}; expected the same size, values in [0,1]')
+    if s.mean() > .5:
+        warnings.warn('the sketch is mostly bright: taken for dark lines on white and turned round', stacklevel=3); s = 1 - s
+    return s.expand(B, 1, H, W)
+
 # %% ../nbs/31_inference.ipynb #fab78b4a
 @torch.inference_mode()
 def run_fill(fill,         # (image (B,3,H,W), mask (B,1,H,W)) -> dict with 'pred'
              x:Tensor,     # (B,3,H,W) in [0,1]
              hole:Tensor,  # (B,1,H,W) bool
-             *, device='cpu', multiple=8, smallest=16)->dict:
+             *guides,      # more maps (B,1,H,W) in [0,1] that the fill takes: a sketch
+             device='cpu', multiple=8, smallest=16)->dict:
     "The fill's pictures, at the size of `x`, on the CPU. `InputError` for values outside [0,1] and NaN outside the hole"
     known, (h, w) = torch.where(hole.to(x.device), 0., x), x.shape[-2:]
     if not (known.isfinite().all() and known.min() >= 0 and known.max() <= 1):
         raise InputError(f'image: values from {known.min():.3g} to {known.max():.3g}; expected [0,1] and no NaN')
-    known, m = (padded(t.float().to(device), multiple, smallest) for t in (known, hole))
-    return {k: v[..., :h, :w].float().cpu().clone() for k, v in fill(known, m).items()}
+    known, *maps = (padded(t.float().to(device), multiple, smallest) for t in (known, hole, *guides))
+    return {k: v[..., :h, :w].float().cpu().clone() for k, v in fill(known, *maps).items()}
 
 # %% ../nbs/31_inference.ipynb #5ffcd61d
+_NO_SKETCH = 'a sketch needs a network that was trained with sketches (recipe deepfill_v2.sketch)'
+
 @dataclasses.dataclass
 class Result:
     "What an inpainter returns"
@@ -176,18 +197,21 @@ class Result:
 # %% ../nbs/31_inference.ipynb #255aca4f
 class Inpainter:
     "(image, mask) -> Result, for any kind of picture. `fill(image, mask)` gets (B,3,H,W), hole blanked, and (B,1,H,W)"
-    def __init__(self, fill, *, device='cpu', multiple=8, smallest=16, source='', meta=None):
+    def __init__(self, fill, *, device='cpu', multiple=8, smallest=16, takes_sketch=False, source='', meta=None):
         self.fill, self.pad = fill, dict(device=torch.device(device), multiple=multiple, smallest=smallest)
+        self.takes_sketch = takes_sketch                          # may it be called as (image, mask, sketch)?
         self.source, self.meta = source, meta or {}               # the weights file, and what it says of itself
         self.deviations = list(self.meta.get('deviations', []))   # what its training left out of the paper
 
-    def __call__(self, image, mask)->Result:
-        "Fill the hole; see `load_inpainter` for what is accepted"
+    def __call__(self, image, mask, sketch=None)->Result:
+        "Fill the hole; see `load_inpainter` for what is accepted. `InputError`: a sketch for a network that takes none"
+        if sketch is not None and not self.takes_sketch: raise InputError(f'{_NO_SKETCH}; found {self.source or "another fill"}')
         original = settle(image)
         x = colours(original); single = x.ndim == 3
         x = x[None] if single else x
         hole = read_mask(mask, (len(x), *x.shape[-2:]))
-        out = run_fill(self.fill, x, hole, **self.pad)
+        guides = [] if sketch is None else [read_sketch(sketch, (len(x), *x.shape[-2:]))]
+        out = run_fill(self.fill, x, hole, *guides, **self.pad)
         if single: out, hole = {k: v[0] for k, v in out.items()}, hole[0]
         where = hole if isinstance(original, Tensor) else hole[0].numpy()
         views = {k: v for k, v in out.items() if k not in ('pred', 'comp')}
@@ -251,6 +275,7 @@ class Fill:
     run:callable      # (image (B,3,H,W) in [0,1], hole blanked; mask (B,1,H,W)) -> dict with 'pred'
     multiple:int=8    # sides must be multiples of this,
     smallest:int=16   # and at least this
+    takes_sketch:bool=False   # does `run` take a third argument, lines (B,1,H,W)?
 
 # %% ../nbs/31_inference.ipynb #0283dd96
 def _filled(net, state, path):
@@ -304,6 +329,24 @@ def partial_conv(nets:dict, meta:dict, *, device, path='weights'):
     side = 2**c.n_layers
     return Fill(lambda image, mask: pc.fill(net, image, mask), side, side)
 
+# %% ../nbs/31_inference.ipynb #8cf1d6f4
+def _smallest(meta):
+    "Pixels that a network needs: at a quarter of the size a dilation of 16 reflects 16 of at least 17 rows"
+    return 72 if meta.get('network', {}).get('padding') == 'reflect' else 32
+
+def deepfill_v1(nets:dict, meta:dict, *, device, path='weights'):
+    "DeepFill v1 (Yu et al. 2018): coarse, then refined with contextual attention"
+    c = _config(d1.DeepFillV1Config, meta, path)
+    G = _filled(d1.DeepFillV1Generator(c.width, **meta.get('network', {})), nets['generator'], path).to(device)
+    return Fill(lambda image, mask: d1.fill(G, image, mask), 8, _smallest(meta))
+
+def deepfill_v2(nets:dict, meta:dict, *, device, path='weights'):
+    "DeepFill v2 (Yu et al. 2019): gated convolutions; a sketch may guide networks that were trained with one"
+    c = _config(d2.DeepFillV2Config, meta, path)
+    G = d2.DeepFillV2Generator(c.width, in_ch=5 + c.sketch, conv=c.conv, gate=c.gate, skip=c.skip, **meta.get('network', {}))
+    G = _filled(G, nets['generator'], path).to(device)
+    return Fill(lambda image, mask, sketch=None: d2.fill(G, image, mask, sketch=sketch), 8, _smallest(meta), takes_sketch=c.sketch)
+
 # %% ../nbs/31_inference.ipynb #09ff630b
 def _classical(fill):
     "The builder of a filler without learning, with its options"
@@ -326,6 +369,8 @@ METHODS = {
     'context_encoder': Method(context_encoder, 'Pathak et al. 2016, CVPR', ('generator',), _train('context_encoder')),
     'structural_inpainting': Method(structural_inpainting, 'Vo et al. 2018, arXiv 1803.10348', ('generator',), _train('structural_inpainting')),
     'partial_conv': Method(partial_conv, 'Liu et al. 2018, arXiv 1804.07723', ('generator',), _train('partial_conv')),
+    'deepfill_v1': Method(deepfill_v1, 'Yu et al. 2018, arXiv 1801.07892', ('generator',), _train('deepfill_v1')),
+    'deepfill_v2': Method(deepfill_v2, 'Yu et al. 2019, arXiv 1806.03589', ('generator',), _train('deepfill_v2')),
     'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo', options=dict(composite_edges=True)),
     'copy_mean': Method(_classical(classical.copy_mean), 'no paper: the mean of the known pixels'),
     'telea': Method(_classical(classical.telea), 'Telea 2004 (OpenCV)', options=dict(radius=3.)),
@@ -435,7 +480,7 @@ def load_inpainter(method:str='edge_connect',  # a key of METHODS
     that are missing, damaged or of another method."""
     if method not in METHODS: raise InputError(f"no method '{method}'; expected one of {', '.join(METHODS)}")
     options, m, device = check_options(method, options), METHODS[method], pick_device(device)
-    ready = lambda f, **kw: Inpainter(f.run, device=device, multiple=f.multiple, smallest=f.smallest, **kw)
+    ready = lambda f, **kw: Inpainter(f.run, device=device, multiple=f.multiple, smallest=f.smallest, takes_sketch=f.takes_sketch, **kw)
     if not m.nets:
         if checkpoint: raise InputError(f'{method} learns nothing and takes no weights; found {checkpoint}, expected no checkpoint')
         return ready(m.build({}, {}, device=device, **options))

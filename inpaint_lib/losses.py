@@ -64,14 +64,16 @@ def adversarial_loss(scores:Tensor,         # D's answers, any shape: logits (ls
 def gradient_penalty(D,                  # callable (B,...) -> scores
                      real:Tensor,        # (B,...)
                      fake:Tensor,        # (B,...)
-                     *, generator=None,     # torch.Generator for the mixing; None = the global one
+                     *, mask=None,       # (B,1,H,W) factor on the gradient, 1 = counts; None: all of it
+                     generator=None,     # torch.Generator for the mixing; None = the global one
                     )->Tensor:           # scalar, differentiable in D's weights
-    "(|grad D(x)| - 1)^2 at points between real and fake, mean over the batch (Gulrajani et al. 2017)"
+    "(|grad D(x)| - 1)^2 at points between real and fake, mean over the batch (Gulrajani 2017; mask: Yu et al. 2018)"
     t = torch.rand(len(real), generator=generator, dtype=real.dtype,
                    device=generator.device if generator else real.device).to(real.device)
     t = t.view(-1, *[1]*(real.dim() - 1))
     x = (t*real.detach() + (1 - t)*fake.detach()).requires_grad_()
     grad, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    if mask is not None: grad = grad*mask
     return _mean((grad.flatten(1).norm(dim=1) - 1)**2)
 
 # %% ../nbs/12_losses.ipynb #3bf34a34

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .core import InputError, checkout, count_params, fingerprint, set_seed
 from .training import Recipe, TrainConfig, load_weights
-from .papers import context_encoder as ce, edge_connect as ec, partial_conv as pc, structural_inpainting as si
+from .papers import context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, edge_connect as ec, partial_conv as pc, structural_inpainting as si
 
 # %% ../nbs/30_recipes.ipynb #b6e16afd
 @dataclasses.dataclass
@@ -95,6 +95,13 @@ _pcp = dict(paper=dict(config={}, run=_PCR, data=dict(size=512, masks='partial_c
             tiny=dict(config=dict(width=.25, n_layers=6, lr=1e-3), run=dict(_SHORT, steps=250, batch_size=6),
                       data=dict(size=64, masks='partial_conv_drawn')))
 
+# %% ../nbs/30_recipes.ipynb #1910165f
+_D1, _D2 = 'Yu et al. 2018, CVPR, arXiv 1801.07892', 'Yu et al. 2019, ICCV, arXiv 1806.03589'
+_LONG_16 = dict(steps=1_000_000, batch_size=16, save_every=1000, picture_every=1000, workers=4)
+_deepfill = lambda masks, **tiny: dict(paper=dict(config={}, run=_LONG_16, data=dict(size=256, masks=masks)),
+                                       tiny=dict(config=dict(width=.5, lr=5e-4, **tiny), run=dict(_SHORT, steps=300), data=dict(size=64, masks=masks)))
+_d1p, _d2p = _deepfill('deepfill_rectangle', d_steps=1), _deepfill('deepfill')
+
 # %% ../nbs/30_recipes.ipynb #2bd5ccc6
 _EC = 'Nazeri et al. 2019, arXiv 1901.00212'
 _change = lambda preset, **config: {**preset, 'config': {**preset.get('config', {}), **config}}
@@ -118,6 +125,9 @@ RECIPES = {
     'partial_conv.finetune': Stage(_one(pc.PartialConvRecipe), _PC, pc.PartialConvConfig,
         {'paper': _change(_pcp['paper'], lr=5e-5), 'tiny': _change(_pcp['tiny'], lr=2.5e-4)}, vgg=True, needs=('generator',), size=64,
         fixed=dict(freeze_bn=True)),
+    'deepfill_v1': Stage(_one(d1.DeepFillV1Recipe), _D1, d1.DeepFillV1Config, _d1p, size=64, **_OWN),
+    'deepfill_v2': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, fixed=dict(sketch=False), **_OWN),
+    'deepfill_v2.sketch': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, fixed=dict(sketch=True), **_OWN),
 }
 
 # %% ../nbs/30_recipes.ipynb #869c4cc0
@@ -203,7 +213,8 @@ def build(name:str, preset:str='tiny', *,
     stage = _choose(RECIPES, name, 'recipe'); p = _choose({**stage.presets, 'smoke': _smoke(stage)}, preset, 'preset')
     notes, vgg = _overridden(stage, p.get('config', {}), config or {}) + _changed(dataclasses.asdict(DataConfig(**p.get('data', {}))), data or {}), None
     run, data = TrainConfig(**{**p.get('run', {}), **(run or {})}), DataConfig(**{**p.get('data', {}), **(data or {})})
-    config = _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed}))
+    given, config = config or {}, _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed}))
+    if hasattr(config, 'size'): config = _sized(config, data.size, given)
     if data.masks == 'context_encoder' and hasattr(config, 'overlap'): data.mask_options = dict(overlap=config.overlap) | data.mask_options
     nets = _earlier(name, stage, dict(checkpoints or {}))
     if stage.vgg: config, vgg, more = make_vgg(config, preset, vgg_layers); notes = more + notes
@@ -215,6 +226,11 @@ def build(name:str, preset:str='tiny', *,
     return recipe, run, data
 
 # %% ../nbs/30_recipes.ipynb #409d9c85
+def _sized(config, size, given):
+    "The config for pictures of `size`: DeepFill v1's critics are made for it. `InputError` for another size in `options`"
+    if given.get('size', size) != size: raise InputError(f"size={given['size']} among the options, but the pictures have {size} pixels; expected the parameter 'size' alone")
+    return dataclasses.replace(config, size=size)
+
 def _earlier(name, stage, given)->dict:
     "The networks of earlier stages, read; `InputError` for one that is unknown or missing"
     for n in given:
@@ -239,7 +255,7 @@ def _overridden(stage, preset, given)->list:
     "'lr=0.001 (preset: 0.0003)' for each changed value; `InputError` for a change to what is fixed"
     for k, v in stage.fixed.items():
         if given.get(k, v) != v: raise InputError(f'{k}={given[k]}: this recipe has {k}={v}; expected another recipe')
-    own = ('seed', 'vgg_weights', 'vgg_arch', 'vgg_normalize', *stage.fixed)         # of the run, or noted elsewhere
+    own = ('seed', 'size', 'vgg_weights', 'vgg_arch', 'vgg_normalize', *stage.fixed)         # of the run, or noted elsewhere
     return _changed({f.name: f.default for f in dataclasses.fields(stage.config)} | preset, {k: v for k, v in given.items() if k not in own})
 
 def _changed(usual, given): return [f'{k}={v} (preset: {usual[k]})' for k, v in given.items() if k in usual and v != usual[k]]

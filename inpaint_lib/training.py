@@ -344,7 +344,7 @@ def _batches(up, dataset):
     "Endless stream of what one update needs: lists of `accumulate` batches on the device, starting at the current step"
     from inpaint_lib.data.images import EndlessSampler, loader
     c, r, world = up.config, up.recipe, up.engine.num_processes
-    micro, draws = c.batch_size//(world*c.accumulate), r.d_steps + r.separate_batches
+    micro, draws = c.batch_size//(world*c.accumulate), r.d_steps + r.separate_batches if r.D is not None else 1
     if micro*world*c.accumulate != c.batch_size:
         raise InputError(f'batch_size {c.batch_size} does not divide into {world} processes x {c.accumulate} accumulation steps')
     sampler = EndlessSampler(len(dataset), micro, seed=c.seed, start=up.step*draws*c.accumulate, rank=up.engine.process_index, world=world)

@@ -192,9 +192,9 @@ def test_offsets_are_white_where_nothing_is_copied():
 def test_offset_colours_by_hand():
     hole = np.zeros((8, 8), bool); hole[4, 4] = True
     field = C.random_field(np.zeros((8, 8, 3), 'f4'), hole, patch_size=3, rng=keyed_rng(0))
-    for step, colour in (((0, 4), (1, 0, 0)), ((0, 2), (1, .5, .5)), ((0, -4), (0, 1, 1)), ((0, 0), (1, 1, 1))):
+    for step, colour in (((0, 4), (1, 0, 0)), ((0, 2), (1, .5, .5)), ((0, -4), (0, 8.5/11, 1)), ((-4, 0), (5.25/13, 0, 1)), ((0, 0), (1, 1, 1))):
         field.source = field.target + np.array(step)[:, None]
-        assert np.allclose(C.offset_colours(field)[4, 4], colour)           # hue 0 is red: to the right
+        assert np.allclose(C.copied_from(field)[4, 4], colour)              # red: to the right; full at half the side
 
 
 def test_one_known_patch_is_enough():

@@ -326,7 +326,7 @@ def test_options_of_a_method(tmp_path):
         with pytest.raises(InputError, match=re.escape(says)): load_inpainter('edge_connect', path, 'cpu', **wrong)
 
 
-RECIPE = {'context_encoder': 'context_encoder', 'structural_inpainting': 'structural_inpainting', 'partial_conv': 'partial_conv'}
+RECIPE = {m: m for m in ('context_encoder', 'structural_inpainting', 'partial_conv', 'deepfill_v1', 'deepfill_v2')}
 
 
 @pytest.fixture(scope='module')
@@ -366,6 +366,57 @@ def test_views_show_how_the_mask_closes(every):
     left = [float(v.sum()) for k, v in views.items() if k.startswith('mask after')]
     assert len(left) == 6 and left[0] < hole.sum() and all(a >= b for a, b in zip(left, left[1:])) and left[-1] == 0
     assert any(k.startswith('features after') for k in views)
+
+
+def sketched(shape=(45, 58)):
+    "A picture, a hole, and two lines of which one lies in the hole"
+    image = np.random.default_rng(3).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    hole, lines = np.zeros(shape, bool), np.zeros(shape, np.uint8)
+    hole[10:34, 12:44] = True; lines[20, 5:50] = 255
+    return image, hole, lines
+
+
+def loud(path):
+    "The weights of a file, three times as large: untrained gated networks answer too quietly to see a difference"
+    from inpaint_lib.training import load_weights
+    nets, meta = load_weights(path)
+    save_weights(path, {n: {k: 3*v for k, v in state.items()} for n, state in nets.items()}, meta)
+    return path
+
+
+def test_a_sketch_changes_the_hole_alone_and_only_where_it_lies_in_it(tmp_path):
+    guided = load_inpainter('deepfill_v2', loud(save_untrained(tmp_path/'w.safetensors', 'deepfill_v2.sketch')), 'cpu')
+    image, hole, lines = sketched()
+    plain, with_lines = guided(image, hole), guided(image, hole, lines)
+    assert guided.takes_sketch and (with_lines.image[~hole] == image[~hole]).all()
+    assert (with_lines.pred - plain.pred).abs().max() > 1e-4
+    outside = np.where(hole, 0, lines).astype(np.uint8)                       # the known picture says where its edges are
+    assert torch.equal(guided(image, hole, outside).pred, plain.pred)
+    forms = lines > 0, Image.fromarray(lines), torch.from_numpy(lines)/255
+    for same in forms: assert torch.equal(guided(image, hole, same).pred, with_lines.pred)
+    Image.fromarray(lines).save(tmp_path/'lines.png')
+    assert torch.equal(guided(image, hole, tmp_path/'lines.png').pred, with_lines.pred)
+    with pytest.warns(UserWarning, match='turned round'): dark = guided(image, hole, 255 - lines)
+    assert torch.equal(dark.pred, with_lines.pred)
+    batch = torch.rand(2, 3, 45, 58)
+    assert guided(batch, torch.from_numpy(hole), torch.from_numpy(lines)/255).image.shape == (2, 3, 45, 58)
+
+
+def test_bad_sketches(tmp_path, every):
+    image, hole, lines = sketched()
+    with pytest.raises(InputError, match='trained with sketches'): every['deepfill_v2'](image, hole, lines)
+    guided = load_inpainter('deepfill_v2', save_untrained(tmp_path/'w.safetensors', 'deepfill_v2.sketch'), 'cpu')
+    for wrong in (lines[:20], torch.rand(3, 45, 58), torch.full((45, 58), 2.), torch.full((45, 58), float('nan')), np.zeros((45, 58, 3), np.uint8), np.zeros(4)):
+        with pytest.raises(InputError, match='sketch of shape') as e: guided(image, hole, wrong)
+        assert '\n' not in str(e.value)
+    with pytest.raises(InputError, match='no such file'): guided(image, hole, tmp_path/'nothing.png')
+
+
+def test_views_of_deepfill(every):
+    image, hole, _ = sketched()
+    assert set(every['deepfill_v1'](image, hole).views) == {'coarse', 'offsets'}
+    views = every['deepfill_v2'](image, hole).views
+    assert {'coarse', 'offsets'} < set(views) and sum(k.startswith('gate ') for k in views) >= 2
 
 
 def test_centre_networks_say_when_a_mask_is_out_of_protocol(tmp_path):

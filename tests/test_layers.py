@@ -1,12 +1,14 @@
-"Layers: spectral norm against torch's old function and the SVD, residual block, initialisation"
+"Layers: spectral norm against torch's old function and the SVD, residual block, TensorFlow's padding, initialisation"
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from inpaint_lib.core import InputError
-from inpaint_lib.layers import ResnetBlock, channels, init_weights, maybe_spectral_norm, spectral_norm
+from inpaint_lib.layers import ResnetBlock, SameConv2d, channels, init_weights, maybe_spectral_norm, spectral_norm
 
 MAKERS = {'conv': lambda: nn.Conv2d(4, 6, 3, dilation=2), 'transposed': lambda: nn.ConvTranspose2d(4, 6, 4, 2, 1),
           'no bias': lambda: nn.Conv2d(4, 6, 4, 2, 1, bias=False)}
@@ -127,3 +129,59 @@ def test_channels():
     assert [channels(n, w) for n, w in ((64, 1), (64, .25), (3, .01), (512, .125))] == [64, 16, 1, 64]
     for bad in (0, -1, float('nan')):
         with pytest.raises(InputError, match='expected a number above 0'): channels(64, bad)
+
+
+# ---- TensorFlow's padding
+
+def loop(x, w, stride, dilation):
+    "SAME by its definition, one output place after the other; what lies outside counts 0"
+    (H, W), (O, _, k, _) = x.shape[-2:], w.shape
+    need = lambda n: max(0, (math.ceil(n/stride) - 1)*stride + dilation*(k - 1) + 1 - n)
+    out = torch.zeros(len(x), O, math.ceil(H/stride), math.ceil(W/stride), dtype=x.dtype)
+    for i in range(out.shape[2]):
+        for j in range(out.shape[3]):
+            for a in range(k):
+                for b in range(k):
+                    r, c = i*stride + a*dilation - need(H)//2, j*stride + b*dilation - need(W)//2
+                    if 0 <= r < H and 0 <= c < W: out[:, :, i, j] += x[:, :, r, c] @ w[:, :, a, b].t()
+    return out
+
+
+@pytest.mark.parametrize('size', [(5, 6), (8, 8), (7, 4)])
+@pytest.mark.parametrize('kernel_size,stride,dilation', [(3, 1, 1), (3, 2, 1), (5, 2, 1), (4, 1, 1), (4, 2, 1), (3, 1, 2), (1, 2, 1), (3, 3, 2)])
+def test_same_is_tensorflows(size, kernel_size, stride, dilation):
+    torch.manual_seed(0)
+    conv = SameConv2d(2, 3, kernel_size, stride, dilation, bias=False).double()
+    x = torch.rand(2, 2, *size, dtype=torch.float64)
+    expected = loop(x, conv.weight.detach(), stride, dilation)
+    assert conv(x).shape == expected.shape and torch.allclose(conv(x), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize('padding,mode', [('symmetric', 'constant'), ('reflect', 'reflect')])
+def test_ports_pad_evenly(padding, mode):
+    torch.manual_seed(0)
+    conv, x = SameConv2d(2, 4, 3, 2, 2, padding=padding), torch.rand(1, 2, 9, 8)
+    assert torch.allclose(conv(x), F.conv2d(F.pad(x, (2,)*4, mode=mode), conv.weight, conv.bias, 2, 0, 2), atol=1e-6)
+    assert conv(x).shape == SameConv2d(2, 4, 3, 2, 2)(x).shape == (1, 4, 5, 4)
+
+
+def test_same_conv_is_a_convolution_to_everyone():
+    "Keys, initialisation, groups, spectral norm, copies, half precision"
+    same, plain = SameConv2d(4, 6, 5, 2), nn.Conv2d(4, 6, 5)
+    assert list(same.state_dict()) == list(plain.state_dict()); same.load_state_dict(plain.state_dict())
+    assert init_weights(same).bias.eq(0).all() and abs(same.weight.std() - .02) < .003
+    x = torch.rand(1, 4, 8, 8, requires_grad=True)
+    apart = SameConv2d(4, 4, 3, 2, groups=4, bias=False)
+    one = SameConv2d(1, 1, 3, 2, bias=False); one.load_state_dict({'weight': apart.weight[2:3].detach()})
+    assert torch.allclose(apart(x)[:, 2:3], one(x[:, 2:3]), atol=1e-6)
+    normed = spectral_norm(SameConv2d(4, 6, 5, 2))
+    for _ in range(40): normed(x)
+    assert abs(torch.linalg.svdvals(normed.weight.flatten(1))[0] - 1) < .01
+    copy.deepcopy(normed)(x).sum().backward(); assert x.grad.abs().sum() > 0
+    with torch.autocast('cpu', torch.bfloat16): assert same(x).dtype == torch.bfloat16
+
+
+def test_same_conv_refuses():
+    with pytest.raises(InputError, match="no padding 'valid'; expected one of same, symmetric, reflect"): SameConv2d(3, 3, padding='valid')
+    with pytest.raises(InputError, match="can't reflect 4 pixels of a map of 4 x 9; expected at least 5"):
+        SameConv2d(1, 1, 3, 1, 4, padding='reflect')(torch.rand(1, 1, 4, 9))

@@ -82,6 +82,20 @@ def test_gradient_penalty():
     assert fake.grad is None                                                        # nothing for G
 
 
+def test_gradient_penalty_of_the_hole_only():
+    real, fake = torch.rand(2, 4, 3, 8, 8, dtype=torch.float64)
+    mask = torch.zeros(4, 1, 8, 8, dtype=torch.float64)
+    for i in range(4): mask[i, :, :i + 1, :2] = 1                                   # 2, 4, 6, 8 pixels of 3 channels
+    lengths = [math.sqrt(3*2*(i + 1)) for i in range(4)]
+    equal(gradient_penalty(lambda x: x.sum((1, 2, 3)), real, fake, mask=mask).detach(), sum((n - 1)**2 for n in lengths)/4)
+    D = lambda x: x.square().sum((1, 2, 3)); g = lambda: torch.Generator().manual_seed(3)
+    whole = gradient_penalty(D, real, fake, mask=torch.ones_like(mask), generator=g())
+    equal(whole.detach(), gradient_penalty(D, real, fake, generator=g()).item())
+    seen = gradient_penalty(D, real, fake, mask=mask, generator=g()).item()
+    real2 = torch.where(mask > 0, real, real + 100)                                 # D's slope outside does not matter
+    equal(gradient_penalty(D, real2, fake, mask=mask, generator=g()).detach(), seen)
+
+
 def test_feature_matching_golden_and_the_slip():
     how = LOSSES['feature_matching']
     real = [sine(s, 0, 1, .1, i) for i, s in enumerate(how['shapes'])]

@@ -12,7 +12,7 @@ from PIL import Image
 from inpaint_lib.core import InputError, keyed_rng
 from inpaint_lib.data.masks import (
     DRAWN_MASKS, FILE_MASKS, HOLE_BINS, MASK_KINDS, MaskFolder, MaskWarning, PartialConvMasks, _grown, _view, bin_of, block_mask,
-    center_mask, check_mask, composite, dilate, fill_hole, free_form, half_mask, hole_ratio, load_mask, mask_sampler, random_region,
+    center_mask, check_mask, composite, deepfill_rectangle, deepfill_strokes, dilate, fill_hole, free_form, half_mask, hole_ratio, load_mask, mask_sampler, random_region,
     sample_bin_mask, touches_border)
 
 
@@ -221,6 +221,8 @@ def test_kinds_refuse(folder):
 
 
 BAD_OPTIONS = [
+    *(('deepfill', dict(box=b), 'below 1') for b in (0, 1, 1., -.5, '0.5', (.5, .5))), ('deepfill', dict(strokes=3), 'such as 1+4'),
+    *(('deepfill_rectangle', dict(shrink=s), '0 to 0.5') for s in (-.1, .6, True)), ('deepfill_strokes', dict(flip_x=2), '1 (yes)'),
     *(('partial_conv_drawn', dict(dilate=d), 'such as 9+49') for d in (9, (49, 9), (-9, -3), (0, 9), (9., 49.), '9')),
     ('partial_conv', dict(dilate=9), 'such as 9+49'), ('partial_conv', dict(threshold=.6), '1 to 255'), ('partial_conv', dict(crop=0), 'above 0'),
     ('irregular', dict(shift=-1), '0 to 1'), ('irregular', dict(flip_x=2), '1 (yes)'), ('edge_connect4', dict(others=()), "no option 'others'"),
@@ -254,6 +256,48 @@ def test_context_encoder_centre():
         m = mask_sampler('context_encoder', overlap=overlap)(None, 0, 128)
         assert m.sum() == side**2 and m[64 - side//2:64 + side//2, 64 - side//2:64 + side//2].all()
     assert 'expected 0 to 31' in one_line(mask_sampler('context_encoder', overlap=32), None, 0, 128)
+
+
+# ---- DeepFill
+
+COVERAGE = {'deepfill_strokes': (.156, .037, .297), 'deepfill_rectangle': (.191, None, None), 'deepfill': (.312, .211, .439)}
+
+@pytest.mark.parametrize('kind', COVERAGE)
+@pytest.mark.parametrize('size', [64, 256])
+def test_deepfill_covers_what_the_published_code_covers(kind, size):
+    "Mean, 5 % and 95 % quantile of 600 masks of that code; the mean of ours must lie within four standard errors"
+    draw = mask_sampler(kind)
+    ratios = np.array([hole_ratio(draw(keyed_rng(7, i), i, size)) for i in range(400)])
+    mean, low, high = COVERAGE[kind]
+    assert abs(ratios.mean() - mean) < 4*ratios.std()*(1/400 + 1/600)**.5
+    for q, want in ((.05, low), (.95, high)): assert want is None or abs(np.quantile(ratios, q) - want) < .035
+
+
+def test_deepfill_box_at_256():
+    boxes = [np.argwhere(deepfill_rectangle(keyed_rng(0, i), 256)) for i in range(300)]
+    sides, tops = np.array([np.ptp(b, axis=0) + 1 for b in boxes]), np.array([b.min(0) for b in boxes])
+    assert set(sides.flat) == set(range(96, 129, 2)) and (sides[:, 0] != sides[:, 1]).mean() > .8      # 0 to 16 on both sides
+    assert tops.min() >= 0 and (tops + sides).max() <= 255 and (tops.max(0) > 120).all()
+    assert (deepfill_rectangle(keyed_rng(0), (64, 128), shrink=0).sum()) == 32*64
+
+
+def test_deepfill_strokes_run_to_the_right_unless_mirrored():
+    draws = lambda **kw: [deepfill_strokes(keyed_rng(0, i), 64, **kw) for i in range(60)]
+    plain, mirrored = draws(flip_x=False, flip_y=False), draws()
+    same = [(a == b).all() or (a == b[:, ::-1]).all() or (a == b[::-1]).all() or (a == b[::-1, ::-1]).all() for a, b in zip(plain, mirrored)]
+    assert all(same) and 30 < sum((a != b).any() for a, b in zip(plain, mirrored)) < 60
+    assert np.mean([np.nonzero(m)[1].mean() for m in plain]) > 34
+
+
+def test_deepfill_is_both_parts_and_never_empty_or_full():
+    for kind in COVERAGE:
+        draw = mask_sampler(kind)
+        for size in (16, (48, 80)):
+            for i in range(40):
+                m = draw(keyed_rng(0, i), i, size); check_mask(m)
+                assert m.flags.c_contiguous and m.shape == np.zeros(size if isinstance(size, tuple) else (size, size)).shape
+    rng, both = keyed_rng(3), mask_sampler('deepfill')(keyed_rng(3), 0, 64)
+    assert (both == (deepfill_rectangle(rng, 64) | deepfill_strokes(rng, 64))).all()
 
 
 @pytest.mark.parametrize('size', [16, 64, (48, 80), 128])

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from inpaint_lib.core import InputError
-from inpaint_lib.official import (OFFICIAL, from_official, import_context_encoder, import_edge_connect, import_partial_conv,
-                                  load_pickle, unwrap)
+from inpaint_lib.official import (IMPORTS, OFFICIAL, from_official, import_context_encoder, import_deepfill_v1,
+                                  import_deepfill_v2, import_edge_connect, import_partial_conv, load_pickle, unwrap)
 from inpaint_lib.papers.context_encoder import ContextEncoder
+from inpaint_lib.papers.deepfill_v1 import DeepFillV1Generator
 from inpaint_lib.papers.edge_connect import Discriminator, EdgeGenerator, InpaintGenerator
 from inpaint_lib.training import load_weights
 
 GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
-from fill import fill, sine  # noqa: E402
+from fill import fill, fill_deepfill, sine  # noqa: E402
 
 NETS = {'edge_generator': ('EdgeGenerator', 3), 'inpaint_generator': ('InpaintGenerator', 4),
         'edge_discriminator': ('Discriminator_in2', 2), 'inpaint_discriminator': ('Discriminator_in3', 3)}
@@ -274,3 +275,223 @@ def test_ports_into_weights_files_that_fill(tmp_path):
 def test_unwrap_leaves_the_callers_dict_alone():
     sd = {'module.a': torch.ones(1)}
     assert list(unwrap(sd, 'generator')) == ['a'] and list(sd) == ['module.a']
+
+
+# ---------------------------------------------------------------------------------------------------------------- DeepFill
+
+RECORDS = {'nipponjo_networks_tf_generator_fuse': ('deepfill_v2.generator', {}),
+           'nipponjo_networks_tf_generator': ('deepfill_v2.generator', dict(fuse=False)),
+           'nipponjo_networks_tf_discriminator': ('deepfill_v2.discriminator', {}),
+           'daa233_deepfillv1_generator': ('deepfill_v1.generator', {}),
+           'mmagic_deepfillv1_generator': ('deepfill_v1.generator', {})}
+
+
+def recorded(name): return json.loads((GOLDEN/f'{name}__hash.json').read_text())
+
+
+def deepfill_like(record):
+    "Published keys and shapes, hashed; the fuse kernel is a constant of the network"
+    sd = fill_deepfill(dict(record['keys']), torch.float64)
+    return sd | {k: torch.eye(3).double().view(1, 1, 3, 3) for k in sd if '.fuse_' in k}
+
+
+def sine_and_hole():
+    image = torch.sin(.01*torch.arange(3*128*128).double()).float().double().view(1, 3, 128, 128)
+    mask = torch.zeros(1, 1, 128, 128).double(); mask[..., 32:96, 40:104] = 1
+    return image, mask
+
+
+def with_masks(image, mask): return torch.cat([image*(1 - mask), torch.ones_like(mask), mask], 1)
+
+
+@pytest.mark.parametrize('name', RECORDS)
+def test_recorded_deepfill(name):
+    "32 values of every output; and mean and deviation, because all recorded values of the clipped v1 outputs are -1 or 1"
+    record, (network, options), (image, mask) = recorded(name), RECORDS[name], sine_and_hole()
+    net = from_official(network, deepfill_like(record), **options).eval()
+    assert sum(p.numel() for p in net.parameters()) == record['n_parameters'] and next(net.parameters()).dtype == torch.float64
+    inputs = {'deepfill_v1.generator': (image*(1 - mask), mask), 'deepfill_v2.generator': (with_masks(image, mask), mask),
+              'deepfill_v2.discriminator': (torch.cat([image, mask], 1),)}[network]
+    with torch.no_grad(): out = net(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    for o, r in zip(out, record['outputs_float64'].values(), strict=True):
+        values = torch.tensor(r['values'], dtype=torch.float64)
+        assert float((o.flatten()[r['flat_indices']] - values).abs().max()) < 1e-8
+        assert abs(float(o.mean()) - r['mean']) < 1e-8 and abs(float(o.std(correction=0)) - r['std']) < 1e-8
+
+
+def slim(name, by):
+    "A published network's keys in order -> random float64 tensors with 1/by of the channels (picture and mask channels stay)"
+    rng = torch.Generator().manual_seed(0)
+    def value(shape):
+        shape = [n if n <= 5 else n//by for n in shape[:2]] + shape[2:]
+        return torch.randn(shape, generator=rng).double()*(1.5/(shape[1]*shape[2]*shape[3])**.5 if len(shape) == 4 else .1)
+    return {k['key']: torch.eye(3).view(1, 1, 3, 3) if '.fuse_' in k['key'] else value(k['shape']) for k in port_shapes(name)}
+
+
+def plain_attention(f, mask):
+    "Contextual attention with every second pixel, written as products of patch matrices"
+    unfold, (h, w) = torch.nn.functional.unfold, (f.shape[2]//2, f.shape[3]//2)
+    small = unfold(f[..., ::2, ::2], 3, padding=1)[0]
+    y = (small/small.norm(dim=0).clamp(min=1e-4)).T @ small                     # keys, queries
+    for a, b in ((h, w), (w, h)):                                               # diagonal neighbours; then by columns
+        z = torch.nn.functional.pad(y, (1, 1, 1, 1))
+        y = (z[1:-1, 1:-1] + z[:-2, :-2] + z[2:, 2:]).view(a, b, a, b).permute(1, 0, 3, 2).reshape(h*w, h*w)
+    free = (unfold(mask[..., ::8, ::8], 3, padding=1)[0].sum(0) == 0).double()[:, None]
+    weights = (10*y*free).softmax(0)*free
+    return torch.nn.functional.fold(unfold(f, 4, padding=1, stride=2) @ weights, f.shape[2:], 4, padding=1, stride=2)/4
+
+
+def plain_deepfill_v2(sd, x, mask):
+    "The port with symmetric padding, written out by the official names of its layers"
+    act = torch.nn.functional
+    def conv(n, y, stride=1, dilation=1, f=act.elu):
+        w = sd[n + '.weight']
+        y = act.conv2d(y, w, sd[n + '.bias'], stride=stride, padding=dilation*(w.shape[-1]//2), dilation=dilation)
+        return y if f is None else f(y.chunk(2, 1)[0])*y.chunk(2, 1)[1].sigmoid()
+    def down(p, y, f=act.elu):
+        for n, stride in zip(('1', '2_downsample', '3', '4_downsample', '5'), (1, 2, 1, 2, 1)): y = conv(f'{p}{n}.conv', y, stride)
+        return conv(f'{p}6.conv', y, f=f)
+    def wide(p, y):
+        for n, dilation in ((7, 2), (8, 4), (9, 8), (10, 16)): y = conv(f'{p}{n}_atrous.conv', y, 1, dilation)
+        return y
+    def up(p, y):
+        for n in ('11', '12', '13_upsample.conv', '14', '15_upsample.conv', '16'):
+            y = conv(f'{p}{n}.conv', act.interpolate(y, scale_factor=2) if 'upsample' in n else y)
+        return conv(f'{p}17.conv', y, f=None).tanh()
+    coarse = up('conv', wide('conv', down('conv', x)))
+    painted = coarse*mask + x[:, :3]*(1 - mask)
+    copied = plain_attention(down('pmconv', painted, act.relu), mask)
+    copied = conv('pmconv10.conv', conv('pmconv9.conv', copied))
+    return coarse, up('allconv', torch.cat([wide('xconv', down('xconv', painted)), copied], 1))
+
+
+def test_deepfill_v2_port_with_symmetric_padding():
+    "Both layouts hold the same tensors in one order: the names of one, the arithmetic of the other, written out plainly"
+    sd, tf_names = slim('nipponjo_networks_generator', 12), [k['key'] for k in port_shapes('nipponjo_networks_tf_generator')]
+    named = dict(zip(tf_names, [v for k, v in sd.items() if '.fuse_' not in k], strict=True))
+    image, mask = torch.randn(1, 3, 64, 80, generator=torch.Generator().manual_seed(1)).double(), torch.zeros(1, 1, 64, 80).double()
+    mask[..., 9:31, 20:53] = 1; x = with_masks(image, mask)
+    with torch.no_grad():
+        ours = from_official('deepfill_v2.generator', sd)(x, mask)
+        for a, b in zip(ours, plain_deepfill_v2(named, x, mask), strict=True):
+            assert .05 < float(b.std()) and float((a - b).abs().max()) < 1e-10
+        symmetric = from_official('deepfill_v2.generator', named, padding='symmetric')(x, mask)
+        assert torch.equal(symmetric[0], ours[0]) and not torch.allclose(symmetric[1], ours[1])      # its attention is another
+
+
+def rgb_and_bgr(network, sd, x):
+    "(the file on exchanged colours, the file read as BGR on the colours as they are)"
+    as_it_is, exchanged = (from_official(network, sd, channels=c) for c in ('rgb', 'bgr'))
+    swapped = torch.cat([x[:, :3].flip(1), x[:, 3:]], 1)
+    with torch.no_grad():
+        if 'discriminator' in network: return as_it_is(swapped), exchanged(x), as_it_is(x)
+        mask = x[:, 4:5]
+        if 'v1' in network: swapped, x = swapped[:, :3], x[:, :3]
+        return as_it_is(swapped, mask)[1].flip(1), exchanged(x, mask)[1], as_it_is(x, mask)[1]
+
+
+@pytest.mark.parametrize('network, layout, by', [('deepfill_v2.generator', 'nipponjo_networks_tf_generator', 12),
+                                                 ('deepfill_v2.generator', 'nipponjo_networks_generator', 12),
+                                                 ('deepfill_v1.generator', 'daa233_deepfillv1_generator', 8),
+                                                 ('deepfill_v1.generator', 'mmagic_deepfillv1_generator', 8)])
+def test_bgr_files_take_rgb(network, layout, by):
+    image = torch.rand(1, 3, 72, 72, generator=torch.Generator().manual_seed(2)).double()*2 - 1
+    mask = torch.zeros(1, 1, 72, 72).double(); mask[..., 10:40, 20:50] = 1
+    expected, found, wrong = rgb_and_bgr(network, slim(layout, by), with_masks(image, mask))
+    assert float((expected - found).abs().max()) < 1e-10 and float((wrong - found).abs().max()) > 1e-3
+
+
+def test_critic_of_v2_takes_one_power_step_and_other_colours():
+    sd = {k: v.clone() for k, v in deepfill_like(recorded('nipponjo_networks_tf_discriminator')).items()}
+    x = torch.cat(sine_and_hole(), 1)[..., :64, :64]
+    expected, found, wrong = rgb_and_bgr('deepfill_v2.discriminator', {'D': sd, 'G': {}}, x)
+    assert float((expected - found).abs().max()) < 1e-12 < float((wrong - found).abs().max())
+    W, u = sd['conv4.conv_sn.weight'].flatten(1), sd['conv4.conv_sn.weight_u'].flatten()
+    v = W.T @ u; v = v/v.norm(); conv = from_official('deepfill_v2.discriminator', sd).convs.conv4
+    assert torch.allclose(conv.weight_v, v, atol=1e-14) and torch.allclose(conv.weight_u, W @ v/(W @ v).norm(), atol=1e-14)
+    del sd['conv4.conv_sn.weight_u']
+    with pytest.warns(UserWarning, match='1 layers missing; computed from an SVD'): from_official('deepfill_v2.discriminator', sd)
+
+
+def test_options_of_deepfill_reach_the_network():
+    sd = slim('nipponjo_networks_tf_generator', 12)
+    image, mask = torch.randn(1, 3, 128, 128).double(), torch.zeros(1, 1, 128, 128).double(); mask[..., 58:92, 58:84] = 1     # row 59 of one step, 57 of two
+    x, net = with_masks(image, mask), {k: from_official('deepfill_v2.generator', sd, **o) for k, o in
+                                       dict(tf={}, one=dict(mask_steps=1), two=dict(mask_steps=2), plain=dict(fuse=False)).items()}
+    assert [n.refine.attention.mask_steps for n in net.values()] == [1, 1, 2, 1]
+    assert [n.refine.attention.fuse for n in net.values()] == [True, True, True, False]
+    with torch.no_grad(): out = {k: n(x, mask)[1] for k, n in net.items()}
+    assert torch.equal(out['tf'], out['one'])
+    assert not torch.allclose(out['tf'], out['two']) and not torch.allclose(out['tf'], out['plain'])
+
+
+def test_deepfill_with_a_sketch_and_in_half_precision():
+    sd = slim('nipponjo_networks_tf_generator', 12)
+    sd['conv1.conv.weight'] = torch.cat([sd['conv1.conv.weight'], sd['conv1.conv.weight'][:, :1]], 1).half()
+    net = from_official('deepfill_v2.generator', sd)
+    assert net.in_ch == 6 and next(net.parameters()).dtype == torch.float64       # the widest type of the file
+    half = from_official('deepfill_v2.generator', {k: v.half() for k, v in sd.items()})
+    assert all(p.dtype == torch.float16 for p in half.parameters())
+
+
+def test_a_fuse_kernel_that_was_changed_is_told():
+    sd = slim('nipponjo_networks_generator', 12); sd['stage2.contextual_attention.fuse_weight'] = torch.ones(1, 1, 3, 3)
+    with pytest.warns(UserWarning, match='fuse_weight is not the identity'): from_official('deepfill_v2.generator', sd)
+
+
+@pytest.mark.parametrize('network, layout, change, options, message', [
+    ('v2', 'nipponjo_networks_tf_generator', {}, dict(padding='valid'), "padding 'valid'"),
+    ('v2', 'nipponjo_networks_tf_generator', {}, dict(channels='rbg'), 'rgb or bgr'),
+    ('v2', 'nipponjo_networks_tf_generator', {}, dict(mask_steps=3), 'expected 1 or 2'),
+    ('v2', 'nipponjo_networks_tf_generator', {}, dict(fuse='no'), 'expected true or false'),
+    ('v2', 'nipponjo_networks_tf_generator', {}, dict(padings='same'), "no option 'padings'; known: padding, channels"),
+    ('v2', 'nipponjo_networks_tf_generator', {'conv1.conv.weight': torch.ones(4, 4, 5, 5)}, {}, 'in_ch 4; expected 5'),
+    ('v2', 'nipponjo_networks_tf_generator', {'xconv3.conv.weight': None, 'xconv33.conv.weight': torch.ones(1)}, {},
+     r'1 missing \(refine.xconv.xconv3.conv.weight\) and 1 unexpected \(xconv33.conv.weight\)'),
+    ('v2', 'nipponjo_networks_generator', {'stage1.conv_bn3.conv.bias': torch.ones(7)}, {}, r'conv8_atrous.conv.bias \(7,\), expected \(16,\)'),
+    ('v2', 'daa233_deepfillv1_generator', {}, {}, r'no layer of a known layout \(conv1.conv.weight, stage1.conv1.conv.weight\)'),
+    ('v1', 'nipponjo_networks_generator', {}, {}, 'begins with stage1.conv1.conv.weight'),
+    ('v1', 'mmagic_deepfillv1_generator', {'stage2.decoder.dec7.conv.bias': None}, {}, 'refine.allconv.allconv17.conv.bias'),
+    ('v1', 'daa233_deepfillv1_generator', {'fine_generator.conv1.conv.weight': torch.ones(4, 3, 5, 5)}, {}, 'expected'),
+])
+def test_deepfill_files_that_do_not_fit(network, layout, change, options, message):
+    sd = slim(layout, 12 if 'nipponjo' in layout else 8)
+    for k, v in change.items(): sd.pop(k) if v is None else sd.update({k: v})
+    with pytest.raises(InputError, match=message) as e: from_official(f'deepfill_{network}.generator', sd, **options)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('method, layout, wrap, options', [
+    ('deepfill_v2', 'nipponjo_networks_tf_generator', lambda sd: {'G': sd, 'D': {}, 'n_iter': 6}, dict(mask_steps=2)),
+    ('deepfill_v2', 'nipponjo_networks_generator', lambda sd: sd, {}),
+    ('deepfill_v1', 'daa233_deepfillv1_generator', lambda sd: {f'module.{k}': v for k, v in sd.items()}, dict(channels='bgr')),
+    ('deepfill_v1', 'mmagic_deepfillv1_generator',
+     lambda sd: {'meta': {}, 'state_dict': {f'generator.{k}': v for k, v in sd.items()} | {'disc.fc.bias': torch.ones(1)}}, {})])
+def test_deepfill_import_then_fill(tmp_path, method, layout, wrap, options):
+    "The weights file rebuilds the very network, conventions included, and fills any picture"
+    from inpaint_lib.inference import load_inpainter
+    from inpaint_lib.papers.deepfill_v2 import DeepFillV2Generator
+    sd = {k: v.float() for k, v in slim(layout, 12 if method == 'deepfill_v2' else 8).items()}
+    torch.save(wrap(sd), tmp_path/'theirs.pth')
+    meta = IMPORTS[method](tmp_path/'theirs.pth', tmp_path/'w.safetensors', **options)
+    nets, read = load_weights(tmp_path/'w.safetensors')
+    assert read == json.loads(json.dumps(meta)) and (meta['method'], meta['recipe'], meta['steps']) == (method, 'official', 6 if 'tf' in layout else 0)
+    make = DeepFillV2Generator if method == 'deepfill_v2' else DeepFillV1Generator
+    back = make(read['config']['width'], **read['network']); back.load_state_dict(nets['generator'])
+    theirs, x = from_official(f'{method}.generator', sd, **options), torch.rand(1, 5, 72, 80)
+    x, mask = x if method == 'deepfill_v2' else x[:, :3], (x[:, 4:] > .7).float()
+    with torch.no_grad(): assert torch.equal(back(x, mask)[1], theirs(x, mask)[1])
+    image, hole = torch.rand(3, 90, 100), torch.zeros(90, 100, dtype=torch.bool); hole[30:60, 40:70] = True
+    filled = load_inpainter(method, tmp_path/'w.safetensors', 'cpu')(image, hole).image
+    assert torch.equal(filled[:, ~hole], image[:, ~hole]) and not torch.equal(filled, image)
+
+
+def test_deepfill_import_refuses(tmp_path):
+    torch.save(slim('daa233_deepfillv1_generator', 8), tmp_path/'v1.pth')
+    with pytest.raises(InputError, match='v1.pth: no layer of a known layout'): import_deepfill_v2(tmp_path/'v1.pth', tmp_path/'x')
+    with pytest.raises(InputError, match="v1.pth: deepfill_v1.generator: no option 'color'"):
+        import_deepfill_v1(tmp_path/'v1.pth', tmp_path/'x', color='bgr')
+    with pytest.raises(InputError, match="no option 'channels'; known: none"):
+        import_context_encoder(tmp_path/'v1.pth', tmp_path/'x', channels='bgr')
+    assert not (tmp_path/'x').exists()

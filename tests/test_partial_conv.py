@@ -45,16 +45,28 @@ def vgg(): return VGGFeatures('vgg16', ('pool1', 'pool2', 'pool3'), fill_state(V
 
 @pytest.mark.parametrize('k,stride,padding', [(3, 1, 1), (3, 2, 1), (5, 2, 2), (7, 2, 3), (3, 1, 0), (3, 1, 3), (1, 1, 0), (4, 2, 1)])
 @pytest.mark.parametrize('groups', [(5,), (3, 2), (1, 1, 3)])
-@pytest.mark.parametrize('bias', [True, False])
-def test_equals_the_multichannel_definition(k, stride, padding, groups, bias):
-    set_seed(k + stride)
+@pytest.mark.parametrize('bias,dilation', [(True, 1), (False, 1), (True, 2)])
+def test_equals_the_multichannel_definition(k, stride, padding, groups, bias, dilation):
+    set_seed(k + stride); padding *= dilation
     x, v = torch.randn(2, 5, 13, 11).double(), (torch.rand(2, len(groups), 13, 11) > .85).double()
-    layer = pc.PartialConv2d(5, 4, k, stride, padding, bias=bias, groups=groups).double()
+    layer = pc.PartialConv2d(5, 4, k, stride, padding, bias=bias, groups=groups, dilation=dilation).double()
     if bias: nn.init.normal_(layer.bias)
     y, new = layer(x, v)
-    ref, ref_new = pc.multichannel_partial_conv(x, spread(v, groups), layer.weight, layer.bias, stride, padding)
+    ref, ref_new = pc.multichannel_partial_conv(x, spread(v, groups), layer.weight, layer.bias, stride, padding, dilation)
     assert (y - ref).abs().max() < 1e-12 and new.shape[1] == 1 and torch.equal(new.expand_as(ref_new), ref_new)
     assert torch.equal(layer.grow(v), new) and set(new.unique().tolist()) <= {0., 1.}
+
+
+def test_dilation_counts_where_the_filter_looks():
+    "A known pixel between the taps neither adds to the result nor marks it as known"
+    layer = pc.PartialConv2d(2, 3, 3, padding=3, dilation=3).double(); nn.init.normal_(layer.bias)
+    x, v = torch.randn(1, 2, 9, 9).double(), torch.zeros(1, 1, 9, 9).double(); v[..., 4, 4] = 1
+    y, new = layer(x, v)
+    assert new.sum() == 9 and torch.equal(new[0, 0, 1::3, 1::3], torch.ones(3, 3).double())
+    by_hand = 9*layer.weight[:, :, 2, 1]@x[0, :, 4, 4] + layer.bias          # seen from three rows above
+    assert torch.allclose(y[0, :, 1, 4], by_hand, atol=1e-12)
+    assert torch.allclose(layer(x, torch.ones_like(v))[0][..., 3:6, 3:6],
+                          F.conv2d(x, layer.weight, layer.bias, padding=3, dilation=3)[..., 3:6, 3:6], atol=1e-12)
 
 
 def test_reference_is_the_formula_in_words():
@@ -143,7 +155,7 @@ def test_layer_refuses(shape):
 
 @pytest.mark.parametrize('kw,message', [(dict(groups=(4, -1)), r'groups \(4, -1\)'), (dict(groups=3), 'groups 3 for 3 channels'), (dict(groups=()), 'groups'),
     (dict(groups=(3, 0)), 'groups'), (dict(groups=(1.5, 1.5)), 'groups'), (dict(kernel_size=(3, 3)), r'kernel_size is \(3, 3\); expected a whole number'),
-    (dict(kernel_size=0), 'kernel_size'), (dict(stride=0), 'stride is 0'), (dict(padding=-1), 'padding is -1'), (dict(out_ch=2.), 'out_ch')])
+    (dict(kernel_size=0), 'kernel_size'), (dict(stride=0), 'stride is 0'), (dict(padding=-1), 'padding is -1'), (dict(dilation=0), 'dilation is 0'), (dict(out_ch=2.), 'out_ch')])
 def test_layer_refuses_its_own_sizes(kw, message):
     with pytest.raises(InputError, match=message) as e: pc.PartialConv2d(**dict(in_ch=3, out_ch=4) | kw)
     assert '\n' not in str(e.value)
@@ -155,7 +167,8 @@ def test_network_is_the_documented_one():
     port = json.loads((GOLDEN/'keys'/'naoto0804_PConvUNet.json').read_text())['keys']
     theirs = {k.replace('.input_conv', ''): tuple(s) for k, s in port.items() if 'mask_conv' not in k}
     assert {k: tuple(v.shape) for k, v in seven.state_dict().items()} == theirs
-    windows = {n: tuple(b.conv.window.values()) for n, b in eight.blocks('enc') + eight.blocks('dec')}
+    assert {b.conv.window['dilation'] for _, b in eight.blocks('enc') + eight.blocks('dec')} == {1}
+    windows = {n: tuple(b.conv.window.values())[:3] for n, b in eight.blocks('enc') + eight.blocks('dec')}
     assert windows == {'enc_1': (7, 2, 3), 'enc_2': (5, 2, 2), 'enc_3': (5, 2, 2)} | {f'enc_{i}': (3, 2, 1) for i in range(4, 9)} | {
         f'dec_{i}': (3, 1, 1) for i in range(1, 9)}
     acts = [type(b.act) for _, b in seven.blocks('enc')] + [type(b.act) for _, b in seven.blocks('dec')]
@@ -345,7 +358,7 @@ def ablation_cells():
     "The notebook's cells that the ablation needs, as source"
     nb = json.loads((ROOT/'nbs'/'22_papers.partial_conv.ipynb').read_text())
     code = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
-    start, end = (next(i for i, c in enumerate(code) if c.startswith(s)) for s in ('NONE = ', 'committed = '))
+    start, end = (next(i for i, c in enumerate(code) if c.startswith(s)) for s in ('NONE = ', 'rows = read_ledger'))
     imports = [c for c in code if c.startswith(('import copy', '#| export\nfrom dataclasses'))]
     parameters = next(''.join(c['source']) for c in nb['cells'] if c['metadata'].get('tags') == ['parameters'])
     definitions = [c for c in code[start:end] if isinstance(ast.parse(c).body[-1], (ast.FunctionDef, ast.Assign)) and 'assert' not in c]
@@ -386,8 +399,8 @@ def test_ablation_in_pieces(ablation_cells, tmp_path):
     starts = {v: json.loads((out/f'{v}_seed0'/'log.jsonl').read_text().splitlines()[0]) for v in ('full', 'no_tv', 'no_vgg')}
     assert starts['full']['hole'] == starts['no_tv']['hole'] == starts['no_vgg']['hole']          # same start, same first batch
     assert 'tv' not in starts['no_tv'] and 'perceptual' not in starts['no_vgg'] and 'tv' in starts['full']
-    for changes, message in ((dict(ablation_lr=2e-4), 'was made with lr 0.001'), (dict(ablation_variants='no_such'), "ablation_variants: 'no_such'"),
-                             (dict(ablation_part='3/2'), "ablation_part '3/2'")):
+    for changes, message in ((dict(ablation_lr=2e-4), 'was made with lr 0.001'), (dict(ablation_variants='no_such'), "variant 'no_such'"),
+                             (dict(ablation_part='3/2'), "part '3/2'"), (dict(data_dir=str(photos)), 'share pictures')):
         with pytest.raises(InputError, match=message): ablate(ablation_cells, out, **both | changes)
 
 
@@ -397,8 +410,6 @@ def test_ablation_of_one_value_and_an_infinite_psnr_publishes(ablation_cells, tm
     save_file({k: v.half().contiguous() for k, v in fill_state(VGG_KEYS, 'he').items()}, tmp_path/'vgg.safetensors')
     scope = ablate(ablation_cells, tmp_path/'ablation', vgg_weights=str(tmp_path/'vgg.safetensors'), ablation_variants='no_tv')
     assert scope['rows'] == [] and (tmp_path/'ablation'/'ablation_partial_conv.json').is_file()
-    vgg = VGGFeatures('vgg16', ('pool1',), scope['vgg_weights'])
-    recipe = scope['ablation_recipe']('full', 0, vgg)
-    recipe.forward = lambda batch: dict(comp=batch['image'])                            # perfect
-    values = scope['measure_run'](recipe, vgg, scope['ablation_data']('builtin', False))
-    assert values['psnr'] == [None] and values['l1'] == [0.]
+    perfect, test = (lambda batch: batch['image']), scope['ablation_data']('builtin', False)
+    values = scope['measure_pictures'](perfect, test, scope['measures'](scope['ablation_vgg']()))
+    assert values['psnr'] == [None] and values['l1'] == values['gram'] == [0.] and set(values) == set(scope['MEASURES'])

@@ -17,7 +17,7 @@ from inpaint_lib.data.masks import mask_sampler
 from inpaint_lib.features import VGGFeatures, vgg_shapes
 from inpaint_lib.papers.context_encoder import OutOfProtocol, center_hole
 from inpaint_lib.papers.structural_inpainting import (ResizeConv, StructuralDiscriminator, StructuralEncoder,
-                                                      StructuralInpaintingConfig, StructuralInpaintingRecipe, fill, same_pad)
+                                                      StructuralInpaintingConfig, StructuralInpaintingRecipe, fill)
 from inpaint_lib.training import TrainConfig, load_weights, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,27 +72,12 @@ def test_logits_may_be_negative():
     assert (scores < 0).any() and (scores > 0).any()
 
 
-def test_same_padding_is_one_before_and_two_after():
-    "Against a loop over output pixels, with TensorFlow's rule: total = kernel - 1 rows, the odd one behind"
-    torch.manual_seed(0)
-    x, w = torch.rand(1, 2, 5, 6, dtype=torch.float64), torch.rand(3, 2, 4, 4, dtype=torch.float64)
-    before = (4 - 1)//2
-    expected = torch.zeros(1, 3, 5, 6, dtype=torch.float64)
-    for o in range(3):
-        for i in range(5):
-            for j in range(6):
-                for a in range(4):
-                    for b in range(4):
-                        r, c = i + a - before, j + b - before
-                        if 0 <= r < 5 and 0 <= c < 6: expected[0, o, i, j] += (w[o, :, a, b]*x[0, :, r, c]).sum()
-    assert torch.allclose(F.conv2d(same_pad(x), w), expected, atol=1e-12)
-
-
 def test_resize_conv_repeats_pixels_first():
     torch.manual_seed(0)
     layer, x = ResizeConv(2, 3, 4), torch.rand(1, 2, 3, 3)
     big = x.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert torch.allclose(layer(x), F.conv2d(same_pad(big), layer.conv.weight, layer.conv.bias)) and layer(x).shape == (1, 3, 12, 12)
+    padded = F.pad(big, (1, 2, 1, 2))                              # TensorFlow's SAME; against a loop in test_layers
+    assert torch.allclose(layer(x), F.conv2d(padded, layer.conv.weight, layer.conv.bias)) and layer(x).shape == (1, 3, 12, 12)
 
 
 def test_weights_start_uniform_after_glorot_and_biases_at_zero():
@@ -323,10 +308,10 @@ def experiment(**parameters):
     source, space = [''.join(c['source']) for c in cells], {}
     at = lambda word: next(n for n, s in enumerate(source) if s.startswith(word))
     header = [n for n, s in enumerate(source) if s.startswith('#| export') or 'parameters' in cells[n]['metadata'].get('tags', [])
-              or s.startswith('import hashlib')]
+              or s.startswith('import math, warnings')]
     unknown = set(parameters) - {line.split(' = ')[0] for line in source[at('steps = ')].splitlines()}
     assert not unknown
-    body = [at('def mean_colour')] + [n for n in range(at('VARIANTS = '), at('committed = '))
+    body = [at('def mean_colour')] + [n for n in range(at('VARIANTS = '), at('rows = read_ledger'))
                                       if not source[n].startswith(('rng = ', 'a, b = ', 'shots = '))]
     for n in header + body:
         exec(compile(source[n], f'cell {n}', 'exec'), space)
@@ -349,35 +334,36 @@ def toy(tmp_path_factory):
 
 def test_claims_run_in_two_shares_and_resume(toy, capsys):
     folder, parameters = toy
-    first = experiment(**parameters, claim_part='1/2'); _, runs, wanted = first['run_claims'](folder)
-    assert (set(runs), wanted) == ({(v, 0) for v in first['chosen_variants']()}, 4)             # shares are seeds: a start is trained once
+    first = experiment(**parameters, claim_part='1/2')['claims'](folder); runs = experiment(**parameters)['run_claims'](first)
+    assert (set(runs), len(first.jobs)) == ({(v, 0) for v in first.variants}, 4)             # shares are seeds: a start is trained once
     assert [p.name for p in folder.glob('start_*')] == ['start_seed0']
     started = (folder/'start_seed0'/'weights.safetensors').stat().st_mtime_ns
     times = {p: p.stat().st_mtime_ns for p in folder.glob('*.json')}
-    space = experiment(**parameters); settings, runs, wanted = space['run_claims'](folder)
-    assert len(runs) == wanted == 4 and all(p.stat().st_mtime_ns == t for p, t in times.items())
+    space = experiment(**parameters); whole = space['claims'](folder); runs = space['run_claims'](whole)
+    assert len(runs) == 4 and whole.complete and all(p.stat().st_mtime_ns == t for p, t in times.items())
     assert (folder/'start_seed0'/'weights.safetensors').stat().st_mtime_ns == started and (folder/'start_seed1').is_dir()
     assert runs['mse', 0]['values'] != runs['mse+1_1+2_1+3_1', 0]['values']
     assert set(runs['mse', 0]['values']) == set(space['MEASURES']) and str(folder) not in (folder/'mse_seed0.json').read_text()
 
-    rows = space['publish'](folder, settings, runs, space['chosen_variants']())
+    rows = space['publish_claims'](whole)
     assert (folder/'claims_structural_inpainting.png').stat().st_size > 10_000
     assert json.loads((folder/'claims_structural_inpainting.json').read_text()) == rows and len(rows) == 6
     need = {'claim', 'source', 'experiment', 'measure', 'value', 'interval', 'n', 'seeds', 'budget', 'device', 'verdict', 'deviations'}
     assert all(need <= set(r) and r['verdict'] == r['overall'] == 'undecided' for r in rows)          # two seeds decide nothing
     for k in ('claim_steps', 'claim_pretrain'):
         changed = experiment(**parameters | {k: 3})
-        assert f"{'steps' if k == 'claim_steps' else 'pretrain'} 2 (now 3)" in refused(changed['run_claims'], folder)
+        assert f"{'steps' if k == 'claim_steps' else 'pretrain'} 2 (now 3)" in refused(changed['run_claims'], changed['claims'](folder))
 
 
-def test_every_variant_goes_on_from_its_seeds_start(toy, tmp_path):
+def test_every_variant_goes_on_from_its_seeds_start(toy, tmp_path, monkeypatch):
     _, parameters = toy
     space, began = experiment(**parameters | dict(seeds=1)), {}
     real = space['train']
     def spy(recipe, dataset, config, run_dir, **kw):
         began.setdefault(run_dir.name, ({k: v.clone() for k, v in recipe.G.state_dict().items()}, config.seed))
         return real(recipe, dataset, config, run_dir, **kw)
-    space['train'] = spy; space['run_claims'](tmp_path)
+    space['train'] = spy; monkeypatch.setattr('inpaint_lib.experiments.train', spy)
+    space['run_claims'](space['claims'](tmp_path))
     start = load_weights(tmp_path/'start_seed0'/'weights.safetensors')[0]['generator']
     assert list(began) == ['start_seed0', 'mse_seed0', 'mse+1_1+2_1+3_1_seed0'] and len({began[k][1] for k in list(began)[1:]}) == 1
     for name in list(began)[1:]: assert all(torch.equal(v, start[k]) for k, v in began[name][0].items())
@@ -387,9 +373,9 @@ def test_every_variant_goes_on_from_its_seeds_start(toy, tmp_path):
 def test_claims_refuse_a_vgg_in_other_units(toy, tmp_path):
     _, parameters = toy
     auto = experiment(**parameters | dict(vgg_weights='auto', vgg_unit=255.))
-    assert 'vgg_unit=4.42' in refused(auto['run_claims'], tmp_path)
-    assert 'mean size' in refused(experiment(**parameters | dict(vgg_unit=255.))['run_claims'], tmp_path)
-    assert "claim_part '3/2'" in refused(experiment(**parameters | dict(claim_part='3/2'))['run_claims'], tmp_path)
+    assert 'vgg_unit=4.42' in refused(auto['claims'], tmp_path)
+    other = experiment(**parameters | dict(vgg_unit=255.)); assert 'mean size' in refused(other['run_claims'], other['claims'](tmp_path))
+    assert "part '3/2'" in refused(experiment(**parameters | dict(claim_part='3/2'))['claims'], tmp_path)
     assert not list(tmp_path.iterdir())                                        # nothing has been trained
 
 
@@ -409,7 +395,7 @@ def test_unrelated_lines_earn_nothing_above_chance():
 def test_claims_refuse_unknown_variants_and_shared_pictures(toy):
     folder, parameters = toy
     space = experiment(**parameters | dict(claim_variants='mse,l2'))
-    assert "'l2'" in refused(space['chosen_variants'])
+    assert "variant 'l2'" in refused(space['claims'], folder)
     assert 'share pictures' in refused(space['claim_settings'], BuiltinImages(('coffee',)), BuiltinImages(('coffee', 'rocket')))
 
 

@@ -21,7 +21,7 @@ def save_tiny(path, width=1/16, nets=('edge', 'inpaint'), **meta):
 def save_untrained(path, name):
     "A weights file of recipe `name` (one network), untrained, as training would write it"
     config = dict(width=1/16) | (dict(vgg_weights='none') if recipes.RECIPES[name].vgg else {})
-    if 'partial_conv' not in name: config['bottleneck'] = 8
+    if 'bottleneck' in {f.name for f in dataclasses.fields(recipes.RECIPES[name].config)}: config['bottleneck'] = 8
     recipe, *_ = recipes.build(name, 'tiny', config=config)
     recipe.eval()
     save_weights(path, {k: g.state_dict() for k, g in recipe.generators().items()},

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HOLE_BINS', 'CELLS', 'DRAWN_MASKS', 'FILE_MASKS', 'MASK_KINDS', 'hole_ratio', 'touches_border', 'bin_of',
            'center_mask', 'block_mask', 'half_mask', 'brush_stroke', 'free_form', 'sample_bin_mask', 'random_region',
-           'MaskWarning', 'load_mask', 'check_mask', 'fill_hole', 'composite', 'dilate', 'MaskFolder',
-           'PartialConvMasks', 'mask_sampler']
+           'deepfill_rectangle', 'deepfill_strokes', 'MaskWarning', 'load_mask', 'check_mask', 'fill_hole', 'composite',
+           'dilate', 'MaskFolder', 'PartialConvMasks', 'mask_sampler']
 
 # %% ../../nbs/02_data.masks.ipynb #f10f38c7
 import functools, inspect, math, warnings
@@ -118,11 +118,14 @@ def _bounce(q, lo, hi):
 def free_form(rng, size, *, strokes=(1, 4), **brush)->np.ndarray:
     "Some brush strokes (H,W) bool; `brush`: see `brush_stroke`. After the free-form masks of Yu et al. 2019"
     m = np.zeros(_hw(size), bool)
-    for _ in range(int(rng.integers(strokes[0], strokes[1] + 1))):
-        for a, b, r in brush_stroke(rng, m.shape, **brush):
-            window, tau = _sweep(a, b, r, m.shape)
-            m[window] |= np.isfinite(tau)
+    for _ in range(int(rng.integers(strokes[0], strokes[1] + 1))): _draw(m, brush_stroke(rng, m.shape, **brush))
     return m
+
+def _draw(m, pieces):
+    "Mark in the bool mask `m` what the straight pieces (a, b, radius) of a stroke cover"
+    for a, b, r in pieces:
+        window, tau = _sweep(a, b, r, m.shape)
+        m[window] |= np.isfinite(tau)
 
 # %% ../../nbs/02_data.masks.ipynb #a576714d
 def _inside(hw, margin):
@@ -196,6 +199,46 @@ def random_region(rng, size,              # side or (H, W)
         if ratio[0] < m.mean() < ratio[1]: return m
     raise InputError(f'no region of {H} x {W} pixels with a hole ratio between {ratio[0]} and {ratio[1]}; '
                      'expected a larger picture')
+
+# %% ../../nbs/02_data.masks.ipynb #80cbc53f
+def deepfill_rectangle(rng, size,                 # side or (H, W)
+                       *, box:float=.5,           # side of the place, as a fraction of the picture's
+                       shrink:float=1/16)->np.ndarray:  # most that the hole is smaller on each side, likewise
+    "A rectangle (H,W) bool inside its place: the holes of Yu et al. 2018, part of 2019's. `InputError` if too large"
+    H, W = _hw(size)
+    (H, W), (h, w) = _hole_hw(size, [round(box*n) for n in (H, W)])
+    top, left = (int(rng.integers(max(1, n - m))) for n, m in ((H, h), (W, w)))
+    dy, dx = (min(int(rng.integers(round(shrink*n) + 1)), (m - 1)//2) for n, m in ((H, h), (W, w)))
+    return _block((H, W), (h - 2*dy, w - 2*dx), top + dy, left + dx)
+
+# %% ../../nbs/02_data.masks.ipynb #f43706f8
+_BRUSH = 12/256, 40/256  # thinnest and thickest, as fractions of the side
+
+def _zigzag(rng, hw, *, vertices, width):
+    "Yield the straight pieces (a, b, radius) of one stroke of DeepFill v2's brush"
+    R, corners = math.hypot(*hw)/8, int(rng.integers(vertices[0], vertices[1] + 1))
+    lo, hi = (2*math.pi/5 + sign*float(rng.uniform(0, 2*math.pi/15)) for sign in (-1, 1))
+    a, r = tuple(int(rng.integers(n)) for n in hw), max(.5, min(hw)*float(rng.uniform(*width))/2)
+    for k in range(corners):
+        angle, step = float(rng.uniform(lo, hi))*(-1)**(k + 1), min(max(float(rng.normal(R, R/2)), 0.), 2*R)
+        to = a[0] + step*math.sin(angle), a[1] + step*math.cos(angle)
+        b = tuple(round(min(max(q, 0), n - 1)) for q, n in zip(to, hw))
+        yield a, b, r
+        a = b
+
+# %% ../../nbs/02_data.masks.ipynb #2fc21dc9
+def deepfill_strokes(rng, size,             # side or (H, W)
+                     *, strokes=(1, 3),
+                     vertices=(4, 11),      # corners of a stroke
+                     width=_BRUSH,          # of the brush, as a fraction of the shorter side
+                     flip_x:bool=True, flip_y:bool=True)->np.ndarray:  # mirror half of the masks (the code: none)
+    "The free-form strokes (H,W) bool of Yu et al. 2019, with the numbers of their code"
+    m = np.zeros(_hw(size), bool)
+    for _ in range(int(rng.integers(strokes[0], strokes[1] + 1))):
+        _draw(m, _zigzag(rng, m.shape, vertices=vertices, width=width))
+    for axis, on in enumerate((flip_y, flip_x)):
+        if rng.random() < .5 and on: m = np.flip(m, axis)
+    return np.ascontiguousarray(m)
 
 # %% ../../nbs/02_data.masks.ipynb #d37dad17
 class MaskWarning(UserWarning):
@@ -381,6 +424,19 @@ def _bins(rng, index, size, *, bins=range(len(HOLE_BINS)), border=None):
     b, seed = bins[int(rng.integers(len(bins)))], int(rng.integers(2**31))
     return _bin(rng, index, size, bin=b, seed=seed, border=border)
 
+# %% ../../nbs/02_data.masks.ipynb #d945bd53
+def _deepfill_rectangle(rng, index, size, *, box=.5, shrink=1/16):
+    return deepfill_rectangle(rng, size, box=box, shrink=shrink)
+
+def _deepfill_strokes(rng, index, size, *, strokes=(1, 3), vertices=(4, 11), width=_BRUSH, flip_x=True, flip_y=True):
+    how = dict(strokes=strokes, vertices=vertices, width=width)
+    return deepfill_strokes(rng, size, **how, flip_x=flip_x, flip_y=flip_y)
+
+def _deepfill(rng, index, size, *, box=.5, shrink=1/16, strokes=(1, 3), vertices=(4, 11), width=_BRUSH,
+              flip_x=True, flip_y=True):
+    how = dict(strokes=strokes, vertices=vertices, width=width, flip_x=flip_x, flip_y=flip_y)
+    return deepfill_rectangle(rng, size, box=box, shrink=shrink) | deepfill_strokes(rng, size, **how)
+
 # %% ../../nbs/02_data.masks.ipynb #c6143182
 def _mixture(rng, index, size, *, parts): return parts[int(rng.integers(len(parts)))](rng, index, size)
 
@@ -396,7 +452,8 @@ def _mixed(folder, *, others, threshold=128, invert=False):
 # %% ../../nbs/02_data.masks.ipynb #4c4e902f
 DRAWN_MASKS = {'center': _center, 'block': _block_at, 'half': _half, 'free_form': _free_form,
                'bins': _bins, 'bin': _bin, 'edge_connect1': _block_at, 'edge_connect2': _half,
-               'context_encoder': _context_encoder, 'random_region': _region, 'partial_conv_drawn': _partial_conv_drawn}
+               'context_encoder': _context_encoder, 'random_region': _region, 'partial_conv_drawn': _partial_conv_drawn,
+               'deepfill': _deepfill, 'deepfill_strokes': _deepfill_strokes, 'deepfill_rectangle': _deepfill_rectangle}
 FILE_MASKS = {'irregular': MaskFolder, 'files': _in_order, 'edge_connect3': _as_edge_connect,
               'edge_connect4': functools.partial(_mixed, others=(_block_at,)),
               'edge_connect5': functools.partial(_mixed, others=(_block_at, _half)), 'edge_connect6': _in_order,
@@ -426,6 +483,8 @@ _RULES = {   # option -> (is it good?, what was expected)
     'width': (_STROKE, 'two fractions above 0, the smaller first, such as 0.05+0.16'),
     'length': (_STROKE, 'two fractions above 0, the smaller first, such as 0.05+0.25'),
     'ratio': (lambda v: _pair(v, 0, 1, whole=False) and v[0] < v[1], 'two numbers from 0 to 1, the smaller first, such as 0.2+0.3'),
+    'box': (lambda v: _number(v, 1e-6, 1, False) and v < 1, 'a fraction above 0, below 1, such as 0.5'),
+    'shrink': (lambda v: _number(v, 0, .5, False), 'a fraction from 0 to 0.5, such as 0.0625'),
     'hole': (lambda v: v is None or _number(v, 1) or isinstance(v, (tuple, list)) and len(v) == 2 and all(_number(x, 1) for x in v),
              'a whole number of pixels from 1 on, or two: height+width'),
     'overlap': (lambda v: _number(v, 0), 'a whole number of pixels from 0 on'),

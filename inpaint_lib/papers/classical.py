@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copy_mean', 'biharmonic', 'telea', 'navier_stokes', 'patch_centres', 'Field', 'random_field', 'windows', 'neighbours',
-           'around', 'cheapest', 'improve', 'offset_colours', 'vote', 'halve', 'pyramid', 'from_rim', 'from_coarse',
+           'around', 'cheapest', 'improve', 'copied_from', 'vote', 'halve', 'pyramid', 'from_rim', 'from_coarse',
            'fill_patches', 'PatchWarning', 'patch']
 
 # %% ../../nbs/28_papers.classical.ipynb #b8fb78b6
@@ -194,12 +194,11 @@ def improve(field:Field,           # its `source` and `cost` are replaced
     return field
 
 # %% ../../nbs/28_papers.classical.ipynb #a91e1514
-def offset_colours(field:Field)->np.ndarray:  # (H,W,3) in [0,1]
-    "Where each hole pixel was copied from: the hue is the direction, the strength the distance; white outside the hole"
-    (dy, dx), (H, W) = field.everywhere(field.source - field.target, 0.), field.hole.shape
-    far = np.minimum(1, np.hypot(dy/H, dx/W)*2)*field.hole
-    hue = (np.arctan2(dy, dx)/(2*np.pi)*6)[..., None] + np.array([0, 4, 2])
-    return 1 - far[..., None]*(1 - np.clip(np.abs(hue % 6 - 3) - 1, 0, 1))
+def copied_from(field:Field)->np.ndarray:  # (H,W,3) in [0,1]
+    "Where each hole pixel was copied from, in colours: full strength at half the longer side; white outside"
+    from inpaint_lib.viz import offset_colours
+    offsets = field.everywhere(field.source - field.target, 0.)*field.hole
+    return offset_colours(torch.from_numpy(offsets)[None], radius=max(field.hole.shape)/2)[0].permute(1, 2, 0).numpy()
 
 # %% ../../nbs/28_papers.classical.ipynb #7d1886c9
 def vote(field:Field)->Field:
@@ -293,7 +292,7 @@ def patch(image:Tensor,  # (B,3,H,W) in [0,1]; what lies under the hole is not r
     _check_options(**how)
     for n, (x, hole) in enumerate(zip(*_checked(image, mask))):
         if patch_centres(hole, patch_size).any():
-            field = fill_patches(x, hole, **how); pred.append(field.image); offsets.append(offset_colours(field))
+            field = fill_patches(x, hole, **how); pred.append(field.image); offsets.append(copied_from(field))
         else:
             why = f'picture {n}: no {patch_size} x {patch_size} patch is known, filled by telea'
             warnings.warn(why, PatchWarning, stacklevel=2)

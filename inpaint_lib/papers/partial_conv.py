@@ -34,14 +34,15 @@ def by_channel(valid:Tensor,   # (B,G,H,W), above 0 = known
 @torch.no_grad()
 def count_known(valid:Tensor,  # (B,G,H,W), above 0 = known
                 groups:tuple,  # channels that each of the G masks covers
-                *, kernel_size:int, stride:int=1, padding:int=0,
+                *, kernel_size:int, stride:int=1, padding:int=0, dilation:int=1,
                )->Tensor:      # (B,1,H',W') float32, whole numbers
     "sum(M) of every window: known pixels, each counted once for every channel it is known in. No gradient"
     known = (valid > 0).float()
     weights = known.new_tensor(groups).view(1, -1, 1, 1)
     known = known*weights if len(groups) == 1 else (known*weights).sum(1, keepdim=True)
     with torch.autocast(known.device.type, enabled=False):        # bfloat16 counts to 256, float16 to 2048
-        return F.conv2d(known, known.new_ones(1, 1, kernel_size, kernel_size), stride=stride, padding=padding)
+        ones = known.new_ones(1, 1, kernel_size, kernel_size)
+        return F.conv2d(known, ones, stride=stride, padding=padding, dilation=dilation)
 
 # %% ../../nbs/22_papers.partial_conv.ipynb #f7c83fe3
 def _check_layer(groups, **sizes):
@@ -63,9 +64,9 @@ def _check_valid(x, valid, groups):
 class PartialConv2d(nn.Module):
     "(x, valid) -> (y, new_valid): a convolution of known pixels only that grows the known region. Liu et al. 2018, sec. 3.1"
     def __init__(self, in_ch:int, out_ch:int, kernel_size:int=3, stride:int=1, padding:int=0, bias:bool=True,
-                 groups:tuple|None=None):  # channels under each mask of `valid` (B,G,H,W); None: one mask for all
-        super().__init__()
-        groups, self.window = (in_ch,) if groups is None else groups, dict(kernel_size=kernel_size, stride=stride, padding=padding)
+                 groups:tuple|None=None, dilation:int=1):  # channels under each mask of `valid` (B,G,H,W); None: one for all
+        super().__init__(); groups = (in_ch,) if groups is None else groups
+        self.window = dict(kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
         _check_layer(groups, in_ch=in_ch, out_ch=out_ch, **self.window); self.groups = tuple(groups)
         self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(out_ch, in_ch, kernel_size, kernel_size)))  # for ReLU
         self.register_parameter('bias', nn.Parameter(torch.zeros(out_ch)) if bias else None)
@@ -79,7 +80,7 @@ class PartialConv2d(nn.Module):
                )->tuple:             # y (B,out_ch,H',W'), new_valid (B,1,H',W') exactly 0 or 1
         _check_valid(x, valid, self.groups)
         x, total = torch.where(by_channel(valid, self.groups), x, 0.), count_known(valid, self.groups, **self.window)
-        y = F.conv2d(x, self.weight, None, self.window['stride'], self.window['padding'])
+        y = F.conv2d(x, self.weight, None, *list(self.window.values())[1:])          # stride, padding, dilation
         total, known = total.to(torch.promote_types(y.dtype, torch.float32)), total > 0
         y = (y*torch.where(known, self.weight[0].numel()/total, 0.)).to(y.dtype)     # in float32 at least; no epsilon
         if self.bias is not None: y = y + self.bias.to(y.dtype).view(-1, 1, 1)*known
@@ -88,10 +89,10 @@ class PartialConv2d(nn.Module):
 # %% ../../nbs/22_papers.partial_conv.ipynb #6e50b8fa
 def multichannel_partial_conv(x:Tensor,     # (B,C,H,W), finite
                               mask:Tensor,  # (B,C,H,W), a mask of its own for every channel, 1 = known
-                              weight:Tensor, bias:Tensor|None=None, stride:int=1, padding:int=0,
+                              weight:Tensor, bias:Tensor|None=None, stride:int=1, padding:int=0, dilation:int=1,
                              )->tuple:      # (B,O,H',W') result and mask, one mask per channel again
     "The definition to the letter, with full-size masks and a full-size mask convolution: slow, for comparison"
-    ones, where = torch.ones_like(weight), dict(stride=stride, padding=padding)
+    ones, where = torch.ones_like(weight), dict(stride=stride, padding=padding, dilation=dilation)
     total = F.conv2d(mask, ones, **where)                    # sum(M), once for every output channel
     known = (total > 0).to(x.dtype)
     y = F.conv2d(x*mask, weight, None, **where)*(weight[0].numel()/total.clamp(min=1))

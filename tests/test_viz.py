@@ -1,0 +1,76 @@
+"05_viz: colours of displacements, arrows, heat (rows, curves and overlays are tested in the notebook)"
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from inpaint_lib.core import InputError
+from inpaint_lib.viz import arrows, colour_wheel, heat, offset_colours
+
+
+def at(angle, length=1.):
+    "One displacement, as the eye sees it: 0 right, 90 down"
+    a = math.radians(angle)
+    return torch.tensor([length*math.sin(a), length*math.cos(a)]).view(1, 2, 1, 1)
+
+
+def middlebury(angle):
+    "The rim of the wheel by its definition: arcs of 15, 6, 4, 11, 13, 6 steps, one channel rising or falling in each"
+    k, colour = angle/360*55, None
+    for n, rise in ((15, lambda f: (1, f, 0)), (6, lambda f: (1 - f, 1, 0)), (4, lambda f: (0, 1, f)), (11, lambda f: (0, 1 - f, 1)),
+                    (13, lambda f: (f, 0, 1)), (6, lambda f: (1, 0, 1 - f))):
+        if colour is None and k < n: colour = rise(k/n)
+        k -= n
+    return torch.tensor(colour)
+
+
+def test_colours_on_the_rim():
+    for angle in range(0, 360, 7):
+        assert torch.allclose(offset_colours(at(angle))[0, :, 0, 0], middlebury(angle), atol=1e-5), angle
+
+
+def test_strength_is_the_length():
+    for length in (0., .25, .5, 1., 7.):
+        c = offset_colours(at(40, length), radius=1.)[0, :, 0, 0]
+        assert torch.allclose(c, 1 - min(length, 1)*(1 - middlebury(40)), atol=1e-5)
+
+
+def test_radius_is_the_longest_of_the_batch():
+    x = torch.cat([at(0, 4.), at(0, 2.)])
+    c = offset_colours(x)
+    assert torch.allclose(c[0, :, 0, 0], torch.tensor([1., 0, 0])) and torch.allclose(c[1, :, 0, 0], torch.tensor([1., .5, .5]))
+    assert torch.equal(offset_colours(x.long()), c) and c.dtype == torch.float32          # cells are whole numbers
+    assert (offset_colours(torch.zeros(2, 2, 3, 4)) == 1).all()
+
+
+def test_wheel():
+    w = colour_wheel(33)
+    assert w.shape == (3, 33, 33) and (w[:, 16, 16] == 1).all() and (w[:, 0, 0] == 1).all()
+    assert torch.allclose(w[:, 16, 32], torch.tensor([1, 1/33, 1/33]), atol=1e-4)         # right: red, 16 of 16.5 strong
+    assert torch.allclose(w[:, 32, 16], 1 - 16/16.5*(1 - middlebury(90)), atol=1e-4)      # down: nearly yellow
+
+
+def test_arrows_end_where_the_cell_was_copied_from():
+    offsets, where = torch.zeros(2, 4, 8), torch.zeros(1, 4, 8)
+    offsets[:, 1, 2], where[0, 1, 2] = torch.tensor([2., -1]), 1                          # 2 cells down, 1 to the left
+    fig = arrows(torch.rand(3, 32, 64), offsets, where)
+    q, = fig.axes[0].collections
+    assert (q.X, q.Y) == (2.5*8 - .5, 1.5*8 - .5) and (q.U, q.V) == (-8, 16)
+
+
+def test_arrows_thin_out():
+    offsets = torch.ones(2, 32, 32)
+    count = lambda **kw: arrows(torch.rand(1, 64, 64), offsets, torch.ones(1, 32, 32), **kw).axes[0].collections[0].N
+    assert 20 <= count() <= 80 and count(step=8) == 16 and count(step=1) == 32**2
+    with pytest.raises(InputError, match='expected a hole'): arrows(torch.rand(3, 8, 8), offsets, torch.zeros(1, 32, 32))
+
+
+def test_heat():
+    from matplotlib import colormaps
+    x = torch.linspace(0, 1, 12).view(2, 1, 2, 3)
+    y = heat(x)
+    assert y.shape == (2, 3, 2, 3) and np.allclose(y[1, :, 1, 2], colormaps['viridis'](1.)[:3])
+    assert np.allclose(y.movedim(1, -1), colormaps['viridis']((x[:, 0]*255).round().int().numpy())[..., :3])
+    assert torch.equal(heat(10*x - 5), heat((10*x - 5).clamp(0, 1)))
+    with pytest.raises(InputError, match='NaN'): heat(torch.full((1, 1, 2, 2), math.nan))
