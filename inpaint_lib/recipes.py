@@ -100,7 +100,7 @@ _D1, _D2 = 'Yu et al. 2018, CVPR, arXiv 1801.07892', 'Yu et al. 2019, ICCV, arXi
 _LONG_16 = dict(steps=1_000_000, batch_size=16, save_every=1000, picture_every=1000, workers=4)
 _deepfill = lambda masks, **tiny: dict(paper=dict(config={}, run=_LONG_16, data=dict(size=256, masks=masks)),
                                        tiny=dict(config=dict(width=.5, lr=5e-4, **tiny), run=dict(_SHORT, steps=300), data=dict(size=64, masks=masks)))
-_d1p, _d2p = _deepfill('deepfill_rectangle', d_steps=1), _deepfill('deepfill')
+_d1p, _d2p = _deepfill('deepfill_rectangle', d_steps=1), _deepfill('deepfill', gain=2.449)
 
 # %% ../nbs/30_recipes.ipynb #2bd5ccc6
 _EC = 'Nazeri et al. 2019, arXiv 1901.00212'

@@ -116,6 +116,8 @@ def test_a_picture_without_mask_is_named(files, weights, run):
     (('import', 'edge_connect', 'a', '--out', 'w.safetensors'), '1 files; expected 2'),
     (('import', 'edge_connect', 'a', 'b', '--out', 'w.pth'), 'ends in .safetensors'),
     (('import', 'edge_connect', 'none.pth', 'b', '--out', 'w.safetensors'), 'none.pth: no such file'),
+    (('import', 'deepfill_v2', 'a', 'b', '--out', 'w.safetensors'), '2 files; expected 1'),
+    (('import', 'deepfill_v2', 'a', '--out', 'w.safetensors', '--option', 'bgr'), '--option bgr: expected NAME=VALUE'),
 ])
 def test_mistakes_are_one_line(argv, message, files, weights, run, monkeypatch):
     monkeypatch.chdir(files); (files/'empty').mkdir()
@@ -156,6 +158,28 @@ def test_import_then_fill(files, run):
     assert code == 0 and 'width 0.0625' in out
     assert run('fill', files/'a.png', files/'m.png', '--checkpoint', files/'w.safetensors', '--out', files/'o.png')[0] == 0
     assert same_outside(files/'a.png', files/'o.png')
+
+
+def test_import_deepfill_with_options(files, run):
+    "Published names of every layer, tiny widths; what the file does not say comes as options"
+    from inpaint_lib.official import LAYOUTS, our_names
+    from inpaint_lib.papers.deepfill_v2 import DeepFillV2Generator
+    G, layout = DeepFillV2Generator(1/12), LAYOUTS['networks_tf']
+    names = [f'{n}.conv.{w}' for n in layout.layers for w in ('weight', 'bias')]
+    back = {v: k for k, v in zip(names, our_names(dict.fromkeys(names), layout))}
+    torch.save({'G': {back[k]: v for k, v in G.state_dict().items()}, 'n_iter': 3}, files/'v2.pth')
+    for name, options in (('rgb', ()), ('bgr', ('channels=bgr',)), ('plain', ('fuse=false', 'mask_steps=2'))):
+        words = [w for o in options for w in ('--option', o)]
+        code, out, _ = run('import', 'deepfill_v2', files/'v2.pth', '--out', files/f'{name}.safetensors', *words)
+        assert code == 0 and 'deepfill_v2, width 0.0833333' in out
+        weights = ('--checkpoint', files/f'{name}.safetensors', '--method', 'deepfill_v2')
+        assert run('fill', files/'a.png', files/'m.png', *weights, '--out', files/f'{name}.png')[0] == 0
+        assert same_outside(files/'a.png', files/f'{name}.png')
+    rgb, bgr = (np.asarray(Image.open(files/f'{n}.png').convert('RGB')) for n in ('rgb', 'bgr'))
+    assert (rgb[HOLE] != bgr[HOLE]).any()
+    for option, message in (('fuse=perhaps', "fuse is 'perhaps'"), ('channel=bgr', "no option 'channel'; known: padding, channels")):
+        code, _, err = run('import', 'deepfill_v2', files/'v2.pth', '--out', files/'x.safetensors', '--option', option)
+        assert code == 2 and message in err and not (files/'x.safetensors').exists()
 
 
 def test_methods_lists_them(run):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GATES', 'CONVS', 'GATE_VIEWS', 'SKETCH_STRENGTHS', 'separable_gate', 'pointwise_gate', 'single_gate', 'GatedConv2d',
            'PartialBlock', 'PartialChain', 'partial_chain', 'network_input', 'sketch_channel', 'DeepFillV2Generator',
-           'SNPatchDiscriminator', 'critic_loss', 'DeepFillV2Config', 'DeepFillV2Recipe', 'true_sketch',
+           'keep_signal', 'SNPatchDiscriminator', 'critic_loss', 'DeepFillV2Config', 'DeepFillV2Recipe', 'true_sketch',
            'generator_terms', 'watch_gates', 'fill', 'smooth_noise', 'displaced', 'without_pieces', 'perturb_sketch',
            'line_agreement', 'follow_sketch']
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #75ddb953
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #4ec4d016
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -159,6 +160,15 @@ def _check_network(in_ch, conv, gate):
     if gate not in GATES: raise InputError(f"no gate '{gate}'; expected one of {', '.join(GATES)}")
     if gate != 'full' and conv != 'gated': raise InputError(f"gate '{gate}' with conv '{conv}'; expected conv 'gated'")
 
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #08dbc3c2
+def keep_signal(net:nn.Module,            # fresh, with gated convolutions; changed in place
+                gain:float=math.sqrt(6),  # sqrt(6): each layer hands on what it gets; 2 beside a light gate; 1: Glorot's
+               )->nn.Module:              # the same network
+    "The weights of the *features* of gated convolutions times `gain`; gates, and other layers, as they are. Ours"
+    for m in net.modules():
+        if isinstance(m, GatedConv2d): m.conv.weight.data[:m.out_ch] *= gain
+    return net
+
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #5a63acb0
 class SNPatchDiscriminator(nn.Module):
     "(B,in_ch,H,W): picture in [-1,1], [sketch,] mask -> verdicts (B,256,H/64,W/64), all of them count. Yu et al. 2019"
@@ -182,7 +192,7 @@ def critic_loss(scores:Tensor,   # any shape; the first half of the batch is of 
     real, fake = scores.chunk(2)
     return (adversarial_loss(real, True, kind='hinge') + adversarial_loss(fake, False, kind='hinge'))/2
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #237fb985
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #7765e8f2
 @dataclass
 class DeepFillV2Config:
     "Yu et al. 2019 in numbers. `InputError` for values without a meaning"
@@ -195,6 +205,7 @@ class DeepFillV2Config:
     sketch_sigma:float = 2.       # ours, of Canny, where no edge files are given
     lambda_l1:float = 1.          # code, for each of the two stages
     lambda_adv:float = 1.         # code; 0: no critic
+    gain:float = 1.               # code: plain Glorot; ours for short runs: sqrt(6), keeps the signal (`keep_signal`)
     lr:float = 1e-4               # code
     d2g:float = 1.                # code: one optimiser for both networks
     betas:tuple = (.5, .999)      # code
@@ -202,7 +213,7 @@ class DeepFillV2Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #15f90bac
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #baaddba7
 def _check_config(c):
     "`InputError` for values without a meaning"
     _check_network(5, c.conv, c.gate)
@@ -210,10 +221,11 @@ def _check_config(c):
     for k in ('lambda_l1', 'lambda_adv'):
         if not 0 <= getattr(c, k) < float('inf'): raise InputError(f'{k} is {getattr(c, k)}; expected 0 or more')
     if not (c.lambda_l1 or c.lambda_adv): raise InputError('no loss term is left; expected lambda_l1 or lambda_adv above 0')
+    if not 0 < c.gain < float('inf'): raise InputError(f'gain {c.gain}; expected above 0 (1: as the code)')
     if not 0 <= c.sketch_threshold < 1: raise InputError(f'sketch_threshold {c.sketch_threshold}; expected 0 to below 1')
     if not 0 < c.sketch_sigma < float('inf'): raise InputError(f'sketch_sigma {c.sketch_sigma}; expected above 0')
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #6de7abda
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #b71ab6e8
 class DeepFillV2Recipe(Recipe):
     "Both stages at once: L1 on each, one critic of the completed picture. Yu et al. 2019"
     method, update, separate_batches = 'deepfill_v2', 'alternating', True
@@ -221,8 +233,9 @@ class DeepFillV2Recipe(Recipe):
         super().__init__(); self.config = c = config or DeepFillV2Config()
         self.name = 'deepfill_v2.sketch' if c.sketch else 'deepfill_v2'
         self.G = DeepFillV2Generator(c.width, in_ch=5 + c.sketch, conv=c.conv, gate=c.gate, skip=c.skip)
+        if c.gain != 1: keep_signal(self.G, c.gain)
         self.D = SNPatchDiscriminator(4 + c.sketch, c.width) if c.lambda_adv else None
-        odd = dict(conv='gated', gate='full', skip=False)
+        odd = dict(conv='gated', gate='full', skip=False, gain=1)
         self.deviations = [f'{k}={getattr(c, k)}' for k, v in odd.items() if getattr(c, k) != v] + ['no critic: lambda_adv=0']*(not c.lambda_adv)
 
     def forward(self, batch):
@@ -305,7 +318,7 @@ import numpy as np
 from ..core import keyed_rng
 from ..data.masks import dilate
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #d791c4ef
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #5ae32ba2
 def smooth_noise(rng,        # a generator
                  hw,         # (H, W)
                  *, step:float,  # pixels between independent values
@@ -315,6 +328,7 @@ def smooth_noise(rng,        # a generator
     x = F.interpolate(torch.from_numpy(coarse), tuple(hw), mode='bicubic', align_corners=True)[0]
     return x/(x**2).sum(0).mean().sqrt()
 
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #8d8365e6
 def displaced(lines:Tensor,  # (...,H,W)
               by:Tensor,     # (2,H,W) rows, columns
              )->Tensor:      # (...,H,W)
@@ -324,57 +338,60 @@ def displaced(lines:Tensor,  # (...,H,W)
     inside = (r >= 0) & (r < H) & (c >= 0) & (c < W)
     return lines[..., r.clamp(0, H - 1), c.clamp(0, W - 1)]*inside
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #d54afa20
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #fa3cef88
 def without_pieces(rng, lines:Tensor,  # (1,H,W) 0/1
                    share:float,        # of its pixels
                    *, step:float,      # length of a piece, pixels
                   )->Tensor:           # (1,H,W)
     "`lines` without the `share` of their pixels where a smooth random height is lowest"
-    where = lines[0].nonzero()
-    height = smooth_noise(rng, lines.shape[-2:], step=step)[0][where[:, 0], where[:, 1]]
-    gone = where[height.argsort(stable=True)[:round(share*len(where))]]
-    return lines.index_put((torch.zeros(len(gone), dtype=torch.long), gone[:, 0], gone[:, 1]), lines.new_zeros(()))
+    row, column = lines[0].nonzero(as_tuple=True)
+    height = smooth_noise(rng, lines.shape[-2:], step=step)[0, row, column]
+    gone, left = height.argsort(stable=True)[:round(share*len(row))], lines.clone()
+    left[0, row[gone], column[gone]] = 0
+    return left
 
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #aa7d54e5
 SKETCH_STRENGTHS = {   # lengths in pixels of a 256-pixel picture; names, not measurements of people
     'true': dict(wobble=0., shift=0., drop=0., thicken=0.),
     'careful': dict(wobble=1.5, shift=0., drop=.1, thicken=0.),
     'hasty': dict(wobble=3., shift=2., drop=.3, thicken=2.),
     'clumsy': dict(wobble=6., shift=4., drop=.6, thicken=2.)}
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #5fb5ec7f
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #49ad9326
 def perturb_sketch(edge:Tensor,          # (B,1,H,W) edges of the whole pictures, above 0 = line
                    mask:Tensor,          # (B,1,H,W), 1 = hole
-                   *, wobble=3.,         # root mean square displacement, pixels of a 256-pixel picture, as all lengths here
-                   shift=2.,             # of the whole drawing, in a random direction
+                   *, wobble=3.,         # displacement (root mean square), in pixels of a 256-pixel picture
+                   shift=2.,             # likewise: of the whole drawing, in a random direction
                    drop=.3,              # share of the lines in the hole that is left out
                    thicken=2.,           # how much wider the pen is, on each side; to whole pixels
                    smooth=32.,           # distance over which the displacement changes
                    seed:int=0,           # picture k of the batch draws from seed + k
                   )->Tensor:             # (B,1,H,W) 0/1, lines in the hole
-    "Lines as if drawn by hand; all strengths 0 give `edge` in the hole. `InputError` for wrong shapes or strengths"
+    "Lines as if drawn by hand; strengths of 0 give `edge` in the hole. `InputError`: wrong shapes or strengths"
     _check_sketch(edge, mask, wobble=wobble, shift=shift, drop=drop, thicken=thicken, smooth=smooth)
     scale, pairs = min(edge.shape[-2:])/256, zip((edge.cpu() > 0).float(), (mask.cpu() > 0).float())
-    strengths = dict(wobble=wobble*scale, shift=shift*scale, drop=drop, pen=round(thicken*scale), smooth=smooth*scale)
-    return torch.stack([_drawn(seed + k, e, m, **strengths) for k, (e, m) in enumerate(pairs)]).to(edge)
+    lengths = dict(wobble=wobble*scale, shift=shift*scale, pen=round(thicken*scale), smooth=smooth*scale)
+    return torch.stack([_drawn(seed + k, e, m, drop=drop, **lengths) for k, (e, m) in enumerate(pairs)]).to(edge)
 
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #012a3f9a
 def _drawn(seed, edge, mask, *, wobble, shift, drop, pen, smooth):
     "One drawing (1,H,W); lengths in its own pixels"
     rng, hw = (lambda what: keyed_rng(seed, 'sketch', what)), edge.shape[-2:]
     turn = float(rng('shift').uniform(0, 2*np.pi))
-    by = wobble*smooth_noise(rng('wobble'), hw, step=smooth) + shift*torch.tensor([np.sin(turn), np.cos(turn)]).view(2, 1, 1)
+    far = shift*torch.tensor([np.sin(turn), np.cos(turn)]).view(2, 1, 1)
+    by = wobble*smooth_noise(rng('wobble'), hw, step=smooth) + far
     lines = without_pieces(rng('drop'), displaced(edge, by)*mask, drop, step=smooth/2)
     return dilate(lines[None], pen)[0]*mask
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #d2014911
 def _check_sketch(edge, mask, *, drop, smooth, **lengths):
     "`InputError` for shapes or strengths that mean nothing"
     a, b = tuple(edge.shape), tuple(mask.shape)
     if a != b or len(a) != 4 or a[1] != 1: raise InputError(f'edges {a} with masks {b}; expected the same (B,1,H,W)')
-    bad = [f'{k} is {v}' for k, v in lengths.items() if not v >= 0] + ([] if 0 <= drop <= 1 else [f'drop is {drop}'])
-    bad += [] if smooth > 0 else [f'smooth is {smooth}']
+    good = {k: v >= 0 for k, v in lengths.items()} | dict(drop=0 <= drop <= 1, smooth=smooth > 0)
+    bad = [f'{k} is {v}' for k, v in (lengths | dict(drop=drop, smooth=smooth)).items() if not good[k]]
     if bad: raise InputError(f'{bad[0]}; expected 0 or more (drop: up to 1, smooth: above 0)')
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #20dd1ee5
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #67beeb74
 def line_agreement(comp:Tensor,       # (B,3 or 1,H,W) in [0,1], a filled picture
                    mask:Tensor,       # (B,1,H,W), 1 = hole
                    lines:Tensor,      # (B,1,H,W), above 0 = line
@@ -387,8 +404,9 @@ def line_agreement(comp:Tensor,       # (B,3 or 1,H,W) in [0,1], a filled pictur
     share = lambda e, other: (e*dilate(other, tolerance)*mask).sum((1, 2, 3))/(e*mask).sum((1, 2, 3))
     return dict(precision=share(found, wanted), recall=share(wanted, found))
 
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #49fd2cea
 @torch.no_grad()
-def follow_sketch(fill_fn,            # (image, mask, sketch=...) -> dict with 'comp', such as functools.partial(fill, G)
+def follow_sketch(fill_fn,            # (image, mask, sketch=...) -> dict with 'comp': partial(fill, G)
                   image:Tensor,       # (B,3,H,W) in [0,1]
                   mask:Tensor,        # (B,1,H,W), 1 = hole
                   sketch:Tensor,      # (B,1,H,W), above 0 = line
