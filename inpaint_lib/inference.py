@@ -185,7 +185,7 @@ def run_fill(fill,         # (image (B,3,H,W), mask (B,1,H,W)) -> dict with 'pre
     return {k: v[..., :h, :w].float().cpu().clone() for k, v in fill(known, *maps).items()}
 
 # %% ../nbs/31_inference.ipynb #5ffcd61d
-_NO_SKETCH = 'a sketch needs a network that was trained with sketches (recipe deepfill_v2.sketch)'
+_NO_SKETCH = 'a sketch needs weights of recipe deepfill_v2.sketch, such as data/weights/deepfill_v2.sketch.safetensors'
 
 @dataclasses.dataclass
 class Result:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from inpaint_lib import cli
 from inpaint_lib.papers.edge_connect import EdgeGenerator, InpaintGenerator
-from tiny_weights import save_tiny
+from tiny_weights import save_tiny, save_untrained
 
 H, W = 93, 118
 YY, XX = np.mgrid[:H, :W]
@@ -134,6 +134,23 @@ def test_an_option_of_the_method(files, weights, run):
         assert run('fill', files/'a.png', files/'m.png', '--checkpoint', weights, '--out', files/name, *option)[0] == 0
     ours, same, raw = (np.asarray(Image.open(files/n)) for n in ('o.png', 'same.png', 'test.png'))
     assert (ours == same).all() and (ours[HOLE] != raw[HOLE]).any() and (ours[~HOLE] == raw[~HOLE]).all()
+
+
+def test_a_sketch_as_a_file_and_as_a_folder(files, weights, run):
+    lines = np.zeros((H, W), np.uint8); lines[45] = 255
+    (files/'lines').mkdir(); Image.fromarray(lines).save(files/'lines'/'a.png')
+    (files/'in').mkdir(); Image.fromarray(BASE).save(files/'in'/'a.png'); Image.fromarray(BASE).save(files/'in'/'b.png')
+    guided = save_untrained(files/'s.safetensors', 'deepfill_v2.sketch')
+    how = ('--method', 'deepfill_v2', '--checkpoint', guided)
+    code, _, err = run('fill', files/'a.png', files/'m.png', *how, '--sketch', files/'lines'/'a.png', '--out', files/'o.png')
+    assert (code, err) == (0, '') and same_outside(files/'a.png', files/'o.png')
+    code, out, _ = run('fill', files/'in', files/'m.png', *how, '--sketch', files/'lines', '--out', files/'out')      # b has none
+    assert code == 0 and len(list((files/'out').iterdir())) == 2
+    code, _, err = run('fill', files/'a.png', files/'m.png', '--checkpoint', weights, '--sketch', files/'lines'/'a.png', '--out', files/'no.png')
+    assert code == 2 and 'a sketch needs weights of recipe deepfill_v2.sketch' in err and not (files/'no.png').exists()
+    for wrong, says in ((files/'nothing.png', 'no such file'), (files/'in', 'is an input')):
+        code, _, err = run('fill', files/'in'/'a.png', files/'m.png', *how, '--sketch', wrong, '--out', files/'in'/'a.png')
+        assert code == 2 and says in err
 
 
 def test_more_than_one_picture_in_a_file(files, weights, run):

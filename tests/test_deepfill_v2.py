@@ -209,7 +209,7 @@ def test_recipe_terms_by_hand(sketch):
     assert torch.isclose(g['l1_refined'], 2*(out['refined'] - image).abs().mean()) and len(g) == 3
     assert torch.equal(out['comp'][(mask == 0).expand_as(image)], b['image'][(mask == 0).expand_as(image)])
     assert (r.name, r.method, r.update, r.separate_batches) == ('deepfill_v2' + '.sketch'*sketch, 'deepfill_v2', 'alternating', True)
-    assert list(r.pictures(b, out)) == ['image', *['sketch']*sketch, 'masked', 'coarse', 'pred', 'comp']
+    assert list(r.pictures(b, out)) == ['image', 'masked', 'coarse', 'pred', 'comp', *['sketch']*sketch]
 
 
 def test_sketch_comes_from_the_batch_or_from_canny():
@@ -242,9 +242,10 @@ def test_checkpoint_goes_on_bit_for_bit(tmp_path):
 
 
 def test_bf16_is_near_fp32():
+    "At 64 pixels: below 33 the last convolution has a 1x1 map, whose bf16 gradient PyTorch's CPU kernel leaves undefined"
     def step(precision):
         set_seed(0); up = Updater(v2.DeepFillV2Recipe(v2.DeepFillV2Config(width=.125)), TrainConfig(steps=1, device='cpu', precision=precision))
-        return up.update([[toy(dtype=torch.float32)], [toy(dtype=torch.float32)]])
+        return up.update([[toy(size=64, dtype=torch.float32)], [toy(size=64, dtype=torch.float32)]])
     a, b = step('fp32'), step('bf16')
     assert all(abs(a[k] - b[k]) < .02*max(1, abs(a[k])) for k in ('d_hinge', 'g_adv', 'l1_coarse', 'l1_refined'))
 

@@ -404,7 +404,7 @@ def test_a_sketch_changes_the_hole_alone_and_only_where_it_lies_in_it(tmp_path):
 
 def test_bad_sketches(tmp_path, every):
     image, hole, lines = sketched()
-    with pytest.raises(InputError, match='trained with sketches'): every['deepfill_v2'](image, hole, lines)
+    with pytest.raises(InputError, match='a sketch needs weights of recipe deepfill_v2.sketch'): every['deepfill_v2'](image, hole, lines)
     guided = load_inpainter('deepfill_v2', save_untrained(tmp_path/'w.safetensors', 'deepfill_v2.sketch'), 'cpu')
     for wrong in (lines[:20], torch.rand(3, 45, 58), torch.full((45, 58), 2.), torch.full((45, 58), float('nan')), np.zeros((45, 58, 3), np.uint8), np.zeros(4)):
         with pytest.raises(InputError, match='sketch of shape') as e: guided(image, hole, wrong)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GATES', 'CONVS', 'GATE_VIEWS', 'SKETCH_STRENGTHS', 'separable_gate', 'pointwise_gate', 'single_gate', 'GatedConv2d',
            'PartialBlock', 'PartialChain', 'partial_chain', 'network_input', 'sketch_channel', 'DeepFillV2Generator',
-           'keep_signal', 'SNPatchDiscriminator', 'critic_loss', 'DeepFillV2Config', 'DeepFillV2Recipe', 'true_sketch',
-           'generator_terms', 'watch_gates', 'fill', 'smooth_noise', 'displaced', 'without_pieces', 'perturb_sketch',
-           'line_agreement', 'follow_sketch']
+           'keep_signal', 'SNPatchDiscriminator', 'critic_loss', 'DeepFillV2Config', 'true_sketch', 'verdicts',
+           'generator_terms', 'departures', 'DeepFillV2Recipe', 'watch_gates', 'drawing', 'fill', 'smooth_noise',
+           'displaced', 'without_pieces', 'perturb_sketch', 'line_agreement', 'follow_sketch']
 
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #4ec4d016
 import math
@@ -29,11 +29,11 @@ from .deepfill_v1 import COARSE, TwoStage, chain, glorot, stage_pictures
 from .partial_conv import PartialConv2d
 from ..training import Recipe
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #a25d8782
-def separable_gate(in_ch:int, out_ch:int, kernel_size:int, *, stride:int, dilation:int, padding:str)->nn.Module:
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #56d88490
+def separable_gate(in_ch:int, out_ch:int, kernel_size:int, **kw)->nn.Module:
     "A filter for each input channel, then a mixture for each output channel"
-    where = dict(stride=stride, dilation=dilation, padding=padding)
-    return nn.Sequential(SameConv2d(in_ch, in_ch, kernel_size, groups=in_ch, bias=False, **where), SameConv2d(in_ch, out_ch, 1))
+    alone = SameConv2d(in_ch, in_ch, kernel_size, groups=in_ch, bias=False, **kw)
+    return nn.Sequential(alone, SameConv2d(in_ch, out_ch, 1))
 
 def pointwise_gate(in_ch:int, out_ch:int, kernel_size:int, *, stride:int, **kw)->nn.Module:
     "A mixture of the channels of one pixel"
@@ -46,7 +46,7 @@ def single_gate(in_ch:int, out_ch:int, kernel_size:int, **kw)->nn.Module:
 # full: the second half of one convolution, DeepFill v2's
 GATES = dict(full=None, separable=separable_gate, pointwise=pointwise_gate, single=single_gate)
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #1dd77a14
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #9b21febc
 class GatedConv2d(nn.Module):
     "(B,in_ch,H,W) -> (B,out_ch,H/stride,W/stride): act(features)*sigmoid(gate). Yu et al. 2019"
     def __init__(self, in_ch:int, out_ch:int, kernel_size:int=3, *, stride:int=1, dilation:int=1,
@@ -63,11 +63,9 @@ class GatedConv2d(nn.Module):
     def split(self, x:Tensor)->tuple:
         "(features, gate) before their activations; a `single` gate has one channel"
         x = F.interpolate(x, scale_factor=2, mode='nearest') if self.up else x
-        return self.conv(x).split(self.out_ch, 1) if self.gate is None else (self.conv(x), self.gate(x))
+        return (self.conv(x), self.gate(x)) if self.gate else self.conv(x).split(self.out_ch, 1)
 
-    def gates(self, x:Tensor)->Tensor:
-        "The gate in (0,1), (B,out_ch or 1,h,w)"
-        return torch.sigmoid(self.split(x)[1])
+    def gates(self, x:Tensor)->Tensor: "In (0,1), (B,out_ch or 1,h,w)"; return torch.sigmoid(self.split(x)[1])
 
     def forward(self, x:Tensor)->Tensor:
         features, gate = self.split(x)
@@ -125,9 +123,17 @@ def sketch_channel(edge:Tensor,   # (B,1,H,W) in [0,1]
     "The lines that guide: edges above the threshold, in the hole alone (published code)"
     return (edge > threshold).to(mask.dtype)*mask
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #b06951cb
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #d970511d
 CONVS = ('gated', 'partial', 'vanilla')
 
+def _check_network(in_ch, conv, gate):
+    "`InputError` for words without a meaning"
+    if conv not in CONVS: raise InputError(f"no conv '{conv}'; expected one of {', '.join(CONVS)}")
+    if in_ch not in (5, 6): raise InputError(f'in_ch {in_ch}; expected 5 (picture, ones, mask) or 6 (with a sketch)')
+    if gate not in GATES: raise InputError(f"no gate '{gate}'; expected one of {', '.join(GATES)}")
+    if gate != 'full' and conv != 'gated': raise InputError(f"gate '{gate}' with conv '{conv}'; expected conv 'gated'")
+
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #6792e068
 class DeepFillV2Generator(TwoStage):
     "(`network_input`, mask) -> (coarse, refined), both (B,3,H,W), in [-1,1] without `skip`. Yu et al. 2019"
     def __init__(self, width:float=1.,           # 1.0 = the paper
@@ -140,8 +146,7 @@ class DeepFillV2Generator(TwoStage):
         _check_network(in_ch, conv, gate)
         blocks = dict(gated=dict(block=partial(GatedConv2d, gate=gate)), partial=dict(chain=partial_chain), vanilla={})
         super().__init__(base=24, width=width, in_ch=in_ch, padding=padding, **blocks[conv], **kw)
-        self.skip = skip
-        glorot(self)
+        self.skip = skip; glorot(self)
         for m in self.modules():                 # as the others, with which they are compared
             if isinstance(m, PartialConv2d): nn.init.xavier_uniform_(m.weight)
 
@@ -152,17 +157,9 @@ class DeepFillV2Generator(TwoStage):
         out = self.stages(x, mask)
         return out['coarse'], out['refined']
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #99c0b740
-def _check_network(in_ch, conv, gate):
-    "`InputError` for words without a meaning"
-    if conv not in CONVS: raise InputError(f"no conv '{conv}'; expected one of {', '.join(CONVS)}")
-    if in_ch not in (5, 6): raise InputError(f'in_ch {in_ch}; expected 5 (picture, ones, mask) or 6 (with a sketch)')
-    if gate not in GATES: raise InputError(f"no gate '{gate}'; expected one of {', '.join(GATES)}")
-    if gate != 'full' and conv != 'gated': raise InputError(f"gate '{gate}' with conv '{conv}'; expected conv 'gated'")
-
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #08dbc3c2
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #81b0f40d
 def keep_signal(net:nn.Module,            # fresh, with gated convolutions; changed in place
-                gain:float=math.sqrt(6),  # sqrt(6): each layer hands on what it gets; 2 beside a light gate; 1: Glorot's
+                gain:float=math.sqrt(6),  # or 2 beside a light gate
                )->nn.Module:              # the same network
     "The weights of the *features* of gated convolutions times `gain`; gates, and other layers, as they are. Ours"
     for m in net.modules():
@@ -213,30 +210,57 @@ class DeepFillV2Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #baaddba7
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #53f85571
 def _check_config(c):
     "`InputError` for values without a meaning"
     _check_network(5, c.conv, c.gate)
     channels(1, c.width)
     for k in ('lambda_l1', 'lambda_adv'):
         if not 0 <= getattr(c, k) < float('inf'): raise InputError(f'{k} is {getattr(c, k)}; expected 0 or more')
-    if not (c.lambda_l1 or c.lambda_adv): raise InputError('no loss term is left; expected lambda_l1 or lambda_adv above 0')
+    if not (c.lambda_l1 or c.lambda_adv): raise InputError('no loss term; expected lambda_l1 or lambda_adv above 0')
     if not 0 < c.gain < float('inf'): raise InputError(f'gain {c.gain}; expected above 0 (1: as the code)')
-    if not 0 <= c.sketch_threshold < 1: raise InputError(f'sketch_threshold {c.sketch_threshold}; expected 0 to below 1')
+    if not 0 <= c.sketch_threshold < 1:
+        raise InputError(f'sketch_threshold {c.sketch_threshold}; expected 0 to below 1')
     if not 0 < c.sketch_sigma < float('inf'): raise InputError(f'sketch_sigma {c.sketch_sigma}; expected above 0')
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #b71ab6e8
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #ff6c60a5
+def true_sketch(config, batch)->Tensor|None:
+    "Lines of the true picture in the hole (B,1,H,W), of edge files or Canny's; None for a network without sketch"
+    if not config.sketch: return None
+    edge = batch['edge'] if 'edge' in batch else edge_maps(rgb_to_gray(batch['image'].detach()), config.sketch_sigma)
+    return sketch_channel(edge.detach().to(batch['mask']), batch['mask'].detach(), config.sketch_threshold)
+
+def verdicts(D:nn.Module, batch:dict, out:dict, *real:Tensor)->Tensor:
+    "D's answers to `real` pictures (B,3,H,W) in [-1,1], then to the completed one, in one pass"
+    image, mask = 2*batch['image'].detach() - 1, batch['mask'].detach()
+    about = torch.cat([out['sketch'], mask], 1) if 'sketch' in out else mask
+    return D(torch.cat([torch.cat([x, about], 1) for x in (*real, composite(out['refined'], image, mask))]))
+
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #85c4de95
+def generator_terms(recipe, batch:dict, out:dict)->dict:
+    "Weighted L1 of both stages over all pixels, and the critic's verdict on the composite"
+    c, image = recipe.config, 2*batch['image'].detach() - 1
+    terms = {f'l1_{k}': c.lambda_l1*mean_abs(out[k], image) for k in ('coarse', 'refined')} if c.lambda_l1 else {}
+    if recipe.D is None: return terms
+    scores = verdicts(recipe.D, batch, out)
+    return terms | dict(g_adv=c.lambda_adv*adversarial_loss(scores, True, kind='hinge', for_D=False))
+
+def departures(config)->list:
+    "Where a config leaves the published method, in words"
+    odd = dict(conv='gated', gate='full', skip=False, gain=1)
+    said = [f'{k}={getattr(config, k)}' for k, v in odd.items() if getattr(config, k) != v]
+    return said if config.lambda_adv else [*said, 'no critic: lambda_adv=0']
+
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #579edcc0
 class DeepFillV2Recipe(Recipe):
     "Both stages at once: L1 on each, one critic of the completed picture. Yu et al. 2019"
     method, update, separate_batches = 'deepfill_v2', 'alternating', True
     def __init__(self, config:DeepFillV2Config|None=None):
         super().__init__(); self.config = c = config or DeepFillV2Config()
-        self.name = 'deepfill_v2.sketch' if c.sketch else 'deepfill_v2'
+        self.name, self.deviations = 'deepfill_v2.sketch' if c.sketch else 'deepfill_v2', departures(c)
         self.G = DeepFillV2Generator(c.width, in_ch=5 + c.sketch, conv=c.conv, gate=c.gate, skip=c.skip)
         if c.gain != 1: keep_signal(self.G, c.gain)
         self.D = SNPatchDiscriminator(4 + c.sketch, c.width) if c.lambda_adv else None
-        odd = dict(conv='gated', gate='full', skip=False, gain=1)
-        self.deviations = [f'{k}={getattr(c, k)}' for k, v in odd.items() if getattr(c, k) != v] + ['no critic: lambda_adv=0']*(not c.lambda_adv)
 
     def forward(self, batch):
         image, mask, lines = batch['image'].detach(), batch['mask'].detach(), true_sketch(self.config, batch)
@@ -245,38 +269,19 @@ class DeepFillV2Recipe(Recipe):
         out = dict(pred=pred, comp=composite(pred, image, mask), coarse=coarse, refined=refined)
         return out if lines is None else out | dict(sketch=lines)
 
-    def verdicts(self, batch, out, *real):
-        "D's answers to the `real` pictures, then to the completed one, in one pass"
-        image, mask = 2*batch['image'].detach() - 1, batch['mask'].detach()
-        about = torch.cat([out['sketch'], mask], 1) if 'sketch' in out else mask
-        return self.D(torch.cat([torch.cat([x, about], 1) for x in (*real, composite(out['refined'], image, mask))]))
-
-    def d_terms(self, batch, out): return dict(d_hinge=critic_loss(self.verdicts(batch, out, 2*batch['image'].detach() - 1)))
+    def d_terms(self, batch, out):
+        return dict(d_hinge=critic_loss(verdicts(self.D, batch, out, 2*batch['image'].detach() - 1)))
     def g_terms(self, batch, out): return generator_terms(self, batch, out)
     def metrics(self, batch, out): return dict(psnr_hole=psnr(out['comp'].float(), batch['image'], batch['mask']).mean())
     def pictures(self, batch, out):
-        row = stage_pictures(batch, out)
-        return row if 'sketch' not in out else {'image': row.pop('image'), 'sketch': 1 - out['sketch']} | row
+        lines = dict(sketch=1 - out['sketch']) if 'sketch' in out else {}
+        return stage_pictures(batch, out) | lines
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #adde97b7
-def true_sketch(config, batch)->Tensor|None:
-    "Lines of the true picture in the hole (B,1,H,W): of the batch's edge files, or Canny's; None for a network without sketch"
-    if not config.sketch: return None
-    edge = batch['edge'] if 'edge' in batch else edge_maps(rgb_to_gray(batch['image'].detach()), config.sketch_sigma)
-    return sketch_channel(edge.detach().to(batch['mask']), batch['mask'].detach(), config.sketch_threshold)
-
-def generator_terms(recipe, batch, out)->dict:
-    "Weighted L1 of both stages over all pixels, and the critic's verdict on the composite"
-    c, image = recipe.config, 2*batch['image'].detach() - 1
-    terms = {f'l1_{k}': c.lambda_l1*mean_abs(out[k], image) for k in ('coarse', 'refined')} if c.lambda_l1 else {}
-    if recipe.D is None: return terms
-    return terms | dict(g_adv=c.lambda_adv*adversarial_loss(recipe.verdicts(batch, out), True, kind='hinge', for_D=False))
-
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #cb05a98a
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #8c93c35c
 GATE_VIEWS = ('coarse.conv1', 'coarse.conv5', 'refine.allconv.allconv14')   # at the picture's size, a quarter, a half
 
 def watch_gates(G:nn.Module, names=GATE_VIEWS, *, mean:bool=True)->tuple:
-    "({}, hooks): after G's next forward the dict holds the gates of the named layers, (B,1,h,w) mean over channels or all"
+    "({}, hooks): after G's next forward the dict holds the named layers' gates, (B,1,h,w) mean over channels or all"
     seen, layers = {}, dict(G.named_modules())
     def watch(name):
         def look(layer, args, out):
@@ -285,32 +290,34 @@ def watch_gates(G:nn.Module, names=GATE_VIEWS, *, mean:bool=True)->tuple:
         return look
     return seen, [layers[n].register_forward_hook(watch(n)) for n in names if isinstance(layers[n], GatedConv2d)]
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #1143c158
-def _check_drawing(G, sketch, mask):
-    "`InputError` for a sketch that the network can't take, or of another size"
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #f6f6f8ce
+def drawing(G, sketch, mask, threshold)->Tensor|None:
+    "The sketch channel that G takes, (B,1,H,W) or None. `InputError` for a sketch that it can't take or of another size"
+    if sketch is None: return torch.zeros_like(mask) if G.in_ch == 6 else None
     if G.in_ch == 5: raise InputError('a sketch for a network without a sketch channel; expected none')
     if sketch.shape != mask.shape: raise InputError(f'sketch {tuple(sketch.shape)}; expected {tuple(mask.shape)}, as the mask')
+    return sketch_channel(sketch, mask, threshold)
 
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #94dc7e0e
 @torch.no_grad()
 def fill(G:DeepFillV2Generator,  # trained, in eval mode
          image:Tensor,           # (B,3,H,W) in [0,1]; H, W multiples of 8, 16 or more
          mask:Tensor,            # (B,1,H,W) exactly 0 or 1, 1 = hole
          *, sketch:Tensor|None=None,  # (B,1,H,W) in [0,1], lines to follow; what lies outside the hole is ignored
          threshold:float=.6,          # a line is above it
-        )->dict:                 # pred, comp, coarse, offsets (B,3,H,W) in [0,1]; 'gate conv1', ... (B,1,H,W) in [0,1]
-    "Fill the hole. Nothing below the mask has any influence. `InputError`: sizes, or a sketch for a network that takes none"
+        )->dict:                 # pred, comp, coarse, offsets (B,3,H,W); 'gate conv1', ... (B,1,H,W); all in [0,1]
+    "Fill the hole; nothing below the mask has any influence. `InputError`: sizes, or a sketch that G can't take"
     from inpaint_lib.viz import offset_colours
-    if sketch is not None: _check_drawing(G, sketch, mask)
-    lines = sketch_channel(torch.zeros_like(mask) if sketch is None else sketch, mask, threshold).to(image) if G.in_ch == 6 else None
+    lines = drawing(G, sketch, mask, threshold)
     seen, hooks = watch_gates(G)
     try: out = G.stages(network_input(2*image - 1, mask, lines), mask)
     finally:
         for h in hooks: h.remove()
     whole = lambda x: F.interpolate(x.to(image), image.shape[-2:], mode='nearest')
     pred, coarse = ((out[k].to(image).clamp(-1, 1) + 1)/2 for k in ('refined', 'coarse'))
-    views = {f"gate {n.split('.')[-1]}": whole(g) for n, g in seen.items()}
-    offsets = whole(offset_colours(out['offsets'].to(image)))
-    return dict(pred=pred, comp=composite(pred, image, mask), coarse=coarse, offsets=offsets) | views
+    views = dict(coarse=coarse, offsets=whole(offset_colours(out['offsets'].to(image))))
+    gates = {f"gate {n.split('.')[-1]}": whole(g) for n, g in seen.items()}
+    return dict(pred=pred, comp=composite(pred, image, mask)) | views | gates
 
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #f9214306
 import numpy as np
