@@ -102,11 +102,11 @@ _deepfill = lambda masks, **tiny: dict(paper=dict(config={}, run=_LONG_16, data=
                                        tiny=dict(config=dict(width=.5, lr=5e-4, **tiny), run=dict(_SHORT, steps=300), data=dict(size=64, masks=masks)))
 _d1p, _d2p = _deepfill('deepfill_rectangle', d_steps=1), _deepfill('deepfill', gain=2.449)
 
-# %% ../nbs/30_recipes.ipynb #2bd5ccc6
 _EC = 'Nazeri et al. 2019, arXiv 1901.00212'
 _change = lambda preset, **config: {**preset, 'config': {**preset.get('config', {}), **config}}
 _ecp = dict(paper=dict(run=_LONG), tiny=_TINY)
 
+# %% ../nbs/30_recipes.ipynb #2bd5ccc6
 RECIPES = {
     'edge_connect.edge': Stage(_ec_edge, _EC + ', sec. 3.1', ec.EdgeConnectConfig, _ecp, takes=('edge',)),
     'edge_connect.inpaint': Stage(_ec_inpaint('canny'), _EC + ', sec. 3.2', ec.EdgeConnectConfig, _ecp, takes=('inpaint',), vgg=True),
