@@ -83,16 +83,19 @@ def _options(words)->dict:
 def fill(args):
     "Fill the hole of one picture, or of each picture of a folder"
     from inpaint_lib.core import InputError
-    from inpaint_lib.inference import check_suffix, load_inpainter
+    from inpaint_lib.inference import METHODS, check_options, check_suffix, load_inpainter
     todo = pairs(args.image, args.mask, args.out)
     todo = [(*job, sketch) for job, sketch in zip(todo, sketches(todo, args.sketch))]
     for image, mask, out, sketch in todo:
         check_suffix(out)
         if out.exists() and any(p and p.exists() and out.samefile(p) for p in (image, mask, sketch)):
             raise InputError(f'{out} is an input; expected another file to write to')
-    inpainter, failed = load_inpainter(args.method, args.checkpoint, args.device, **_options(args.option)), []
+    options = check_options(args.method, _options(args.option)) if args.method in METHODS else {}
+    inpainter, failed = load_inpainter(args.method, args.checkpoint, args.device, sketch=args.sketch is not None, **options), []
     for image, mask, out, sketch in todo:
-        try: _fill_one(inpainter, image, mask, out, sketch)
+        try:
+            _fill_one(inpainter, image, mask, out, sketch)
+            if args.sketch and not sketch: say(f'{image}: no sketch called {image.stem}; filled without')
         except InputError as e:
             if len(todo) == 1: raise
             failed.append(e); print(f'{image}: not filled')
@@ -251,7 +254,7 @@ def _file_commands(command, method, device):
             ('image', dict(metavar='IMAGE', help='a file or a folder')),
             ('mask', dict(metavar='MASK', help='a file, or a folder matched by name; white (128 and above) = hole')), method,
             ('--out', dict(required=True, metavar='FILE', help='.png and .tif keep every pixel outside the hole; a folder if IMAGE is one')),
-            ('--sketch', dict(metavar='FILE', help='bright lines to follow in the hole (a file or a folder), for weights of deepfill_v2.sketch')),
+            ('--sketch', dict(metavar='FILE', help='lines to follow in the hole (a file or a folder), with --method deepfill_v2')),
             ('--checkpoint', dict(metavar='FILE', help='weights (.safetensors) or the folder of a run')),
             ('--option', dict(action='append', metavar='NAME=VALUE',
                               help='of the method; composite_edges=false: fill as the published EdgeConnect test script does')), device)

@@ -32,9 +32,9 @@ def file_id(file)->str:
 def check_apart(seen,      # source of the pictures that networks are trained on
                 held_out,  # source of those that they are measured on
                ):
-    "`InputError` when a picture is in both"
+    "`InputError` when a name is in both sets; contents are not compared, so a copy under another name passes"
     both = sorted(set(seen.names) & set(held_out.names))
-    if both: raise InputError(f"data_dir and test_dir share pictures ({len(both)}, such as '{both[0]}'); expected two sets")
+    if both: raise InputError(f"data_dir and test_dir share pictures ({len(both)} by name, such as '{both[0]}'); expected two sets")
 
 # %% ../nbs/15_experiments.ipynb #369baa74
 def chosen(words:str,   # names separated by commas; '' = all

@@ -153,22 +153,48 @@ def read_mask(mask,        # path, PIL, bool or uint8 (H,W), or a tensor of 0 an
     for t in told: warnings.warn(t.message, stacklevel=3)
     return torch.stack([torch.from_numpy(np.ascontiguousarray(h, dtype=bool)) for h in holes])[:, None].expand(B, 1, H, W)
 
+# %% ../nbs/31_inference.ipynb #37f5d788
+def _samples(sketch):
+    "A sketch of any kind as an array of numbers, with alpha if something of it can be seen through"
+    im = open_stored(sketch) if isinstance(sketch, (str, Path)) else sketch
+    if isinstance(im, Image.Image) and im.mode != 'F':
+        if 'transparency' in im.info and im.mode in ('1', 'L', 'RGB'): im = im.convert('RGBA')
+        im = _settle_pil(im)
+        im = np.asarray(im if im.mode in _DIRECT else im.convert('RGB'))
+        if im.dtype == np.int32: im = im.astype(np.uint16)                # mode I; `_settle_pil` checked its range
+    if isinstance(im, Tensor): im = (im.detach().float() if im.is_floating_point() else im.detach()).cpu().numpy()
+    try: a = np.asarray(im)
+    except ValueError: raise InputError('rows of different lengths; expected (H,W)') from None
+    if a.dtype.kind in 'biuf' and a.size: return a
+    raise InputError(f'an array of {a.dtype} {a.shape}; expected numbers in [0,1] or bytes, (H,W)')
+
+def _on_white(a,   # (H,W,1..4) in [0,1], alpha last if there are 2 or 4
+             ):    # (H,W)
+    "Grey by Rec. 601, laid on white where it can be seen through"
+    grey, alpha = a[..., :3] @ [.299, .587, .114] if a.shape[2] > 2 else a[..., 0], a[..., -1]
+    return grey if a.shape[2] % 2 else grey*alpha + 1 - alpha
+
 # %% ../nbs/31_inference.ipynb #55bdb439
-def read_sketch(sketch,     # path, PIL, bool or uint8 (H,W), or floats in [0,1]: (H,W), (1,H,W) or (B,1,H,W)
+def read_sketch(sketch,     # path, PIL, numbers in [0,1] or uint8: (H,W), (1,H,W) or (B,1,H,W); colours: (H,W,3), (H,W,4)
                 shape,      # (B, H, W) of the image
                )->Tensor:   # (B,1,H,W) float32 in [0,1], 1 = line
     "A sketch for every picture; `InputError` for another size or values, a warning if it looks dark on white"
-    B, H, W = shape
-    if isinstance(sketch, (str, Path)): sketch = open_stored(sketch)
-    if isinstance(sketch, Image.Image): sketch = np.asarray(sketch.convert('L'))
-    s = sketch if isinstance(sketch, Tensor) else torch.tensor(np.asarray(sketch))
-    s = s.float()/(255 if s.dtype == torch.uint8 else 1)
+    (B, H, W), name = shape, _called(sketch)
+    try: a = _samples(sketch)
+    except InputError as e: raise e if name != 'sketch' and name in str(e) else InputError(f'{name}: {e}') from None
+    given, peak = a.shape, {'uint8': 255, 'uint16': 65535}.get(a.dtype.name, 1)
+    a = a.astype(np.float64)/(peak if a.max() > 1 else 1)
+    if a.ndim == 3 and a.shape[:2] == (H, W) and a.shape[2] in (1, 2, 3, 4): a = _on_white(a)
+    s = torch.as_tensor(a).float()
     if s.ndim > 1: s = s.reshape(-1, 1, *s.shape[-2:])
     if s.ndim != 4 or len(s) not in (1, B) or s.shape[-2:] != (H, W) or not (s.min() >= 0 and s.max() <= 1):
-        raise InputError(f'sketch of shape {tuple(s.shape)} for pictures of {W} x {H}; expected the same size, values in [0,1]')
+        raise InputError(f'{name} of shape {given}, values {a.min():g} to {a.max():g}, for pictures of {W} x {H}; '
+                         f'expected (H,W), the same size, values in [0,1]')
     if s.mean() > .5:
-        warnings.warn('the sketch is mostly bright: taken for dark lines on white and turned round', stacklevel=3); s = 1 - s
+        warnings.warn(f'{name}: mostly bright, so taken for dark lines on white and turned round', stacklevel=3); s = 1 - s
     return s.expand(B, 1, H, W)
+
+def _called(sketch): return str(sketch) if isinstance(sketch, (str, Path)) else 'sketch'
 
 # %% ../nbs/31_inference.ipynb #fab78b4a
 @torch.inference_mode()
@@ -185,7 +211,7 @@ def run_fill(fill,         # (image (B,3,H,W), mask (B,1,H,W)) -> dict with 'pre
     return {k: v[..., :h, :w].float().cpu().clone() for k, v in fill(known, *maps).items()}
 
 # %% ../nbs/31_inference.ipynb #5ffcd61d
-_NO_SKETCH = 'a sketch needs weights of recipe deepfill_v2.sketch, such as data/weights/deepfill_v2.sketch.safetensors'
+_NO_SKETCH = 'a sketch needs weights of recipe deepfill_v2.sketch, such as data/weights/deepfill_v2.sketch.safetensors of --method deepfill_v2'
 
 @dataclasses.dataclass
 class Result:
@@ -194,12 +220,20 @@ class Result:
     pred:Tensor    # (3,H,W) or (B,3,H,W) float32 in [0,1]: the method's raw output, outside the hole too
     views:dict     # name -> (C,H,W) or (B,C,H,W) float32 in [0,1]: what the method worked with
 
+def _guide(sketch, hole, above):
+    "The sketch (B,1,H,W), with a warning when it says nothing about the hole of a picture"
+    s = read_sketch(sketch, (len(hole), *hole.shape[-2:]))
+    if not ((s > above) & hole).flatten(1).any(1).all():
+        warnings.warn(f'{_called(sketch)}: no line of the sketch lies in the hole (a line is above {above:g})', stacklevel=3)
+    return s
+
 # %% ../nbs/31_inference.ipynb #255aca4f
 class Inpainter:
     "(image, mask) -> Result, for any kind of picture. `fill(image, mask)` gets (B,3,H,W), hole blanked, and (B,1,H,W)"
-    def __init__(self, fill, *, device='cpu', multiple=8, smallest=16, takes_sketch=False, source='', meta=None):
+    def __init__(self, fill, *, device='cpu', multiple=8, smallest=16, takes_sketch=False, line_above=0., source='', meta=None):
         self.fill, self.pad = fill, dict(device=torch.device(device), multiple=multiple, smallest=smallest)
         self.takes_sketch = takes_sketch                          # may it be called as (image, mask, sketch)?
+        self.line_above = line_above                              # what of a sketch is a line
         self.source, self.meta = source, meta or {}               # the weights file, and what it says of itself
         self.deviations = list(self.meta.get('deviations', []))   # what its training left out of the paper
 
@@ -210,7 +244,7 @@ class Inpainter:
         x = colours(original); single = x.ndim == 3
         x = x[None] if single else x
         hole = read_mask(mask, (len(x), *x.shape[-2:]))
-        guides = [] if sketch is None else [read_sketch(sketch, (len(x), *x.shape[-2:]))]
+        guides = [] if sketch is None else [_guide(sketch, hole, self.line_above)]
         out = run_fill(self.fill, x, hole, *guides, **self.pad)
         if single: out, hole = {k: v[0] for k, v in out.items()}, hole[0]
         where = hole if isinstance(original, Tensor) else hole[0].numpy()
@@ -276,6 +310,7 @@ class Fill:
     multiple:int=8    # sides must be multiples of this,
     smallest:int=16   # and at least this
     takes_sketch:bool=False   # does `run` take a third argument, lines (B,1,H,W)?
+    line_above:float=0.       # what of them is a line
 
 # %% ../nbs/31_inference.ipynb #0283dd96
 def _filled(net, state, path):
@@ -345,7 +380,8 @@ def deepfill_v2(nets:dict, meta:dict, *, device, path='weights'):
     c = _config(d2.DeepFillV2Config, meta, path)
     G = d2.DeepFillV2Generator(c.width, in_ch=5 + c.sketch, conv=c.conv, gate=c.gate, skip=c.skip, **meta.get('network', {}))
     G = _filled(G, nets['generator'], path).to(device)
-    return Fill(lambda image, mask, sketch=None: d2.fill(G, image, mask, sketch=sketch), 8, _smallest(meta), takes_sketch=c.sketch)
+    run = lambda image, mask, sketch=None: d2.fill(G, image, mask, sketch=sketch, threshold=c.sketch_threshold)
+    return Fill(run, 8, _smallest(meta), takes_sketch=c.sketch, line_above=c.sketch_threshold)
 
 # %% ../nbs/31_inference.ipynb #09ff630b
 def _classical(fill):
@@ -363,6 +399,7 @@ class Method:
     nets:tuple = ()   # networks that its weights file must hold
     train:str = ''    # the command that trains one
     options:dict = dataclasses.field(default_factory=dict)   # what may be chosen when filling: name -> default
+    sketch:str = ''   # recipe of its weights that take a sketch
 
 _train = lambda name: f'inpaint train {name} --preset tiny -p data_dir PHOTOS'
 METHODS = {
@@ -370,7 +407,7 @@ METHODS = {
     'structural_inpainting': Method(structural_inpainting, 'Vo et al. 2018, arXiv 1803.10348', ('generator',), _train('structural_inpainting')),
     'partial_conv': Method(partial_conv, 'Liu et al. 2018, arXiv 1804.07723', ('generator',), _train('partial_conv')),
     'deepfill_v1': Method(deepfill_v1, 'Yu et al. 2018, arXiv 1801.07892', ('generator',), _train('deepfill_v1')),
-    'deepfill_v2': Method(deepfill_v2, 'Yu et al. 2019, arXiv 1806.03589', ('generator',), _train('deepfill_v2')),
+    'deepfill_v2': Method(deepfill_v2, 'Yu et al. 2019, arXiv 1806.03589', ('generator',), _train('deepfill_v2'), sketch='deepfill_v2.sketch'),
     'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo', options=dict(composite_edges=True)),
     'copy_mean': Method(_classical(classical.copy_mean), 'no paper: the mean of the known pixels'),
     'telea': Method(_classical(classical.telea), 'Telea 2004 (OpenCV)', options=dict(radius=3.)),
@@ -440,16 +477,19 @@ def _file(path):
 # %% ../nbs/31_inference.ipynb #e645ec6f
 def find_weights(method:str,   # a key of METHODS
                  root=None,    # folder with data/ and runs/; None = the checkout, else the working directory
+                 *, sketch:bool=False,   # weights that take a sketch
                 )->Path:
     "The weights that `load_inpainter` takes when none are named; `InputError` names the command that trains some"
-    root = Path(root) if root else checkout() or Path.cwd()
-    shipped = root/'data'/'weights'/f'{method}.safetensors'
+    root, m = Path(root) if root else checkout() or Path.cwd(), METHODS[method]
+    if sketch and not m.sketch: raise InputError(f'{_NO_SKETCH}; found method {method}')
+    name, train = (m.sketch, _train(m.sketch)) if sketch else (method, m.train)
+    shipped = root/'data'/'weights'/f'{name}.safetensors'
     if shipped.is_file(): return shipped
     runs = sorted((root/'runs').rglob('weights.safetensors'), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in runs:
-        if not lacks(path, method): return path
-    raise InputError(f'no weights of {method}: neither data/weights/{method}.safetensors nor a finished run under runs/ '
-                     f'in {root}; train some with: {METHODS[method].train}, or give a file with --checkpoint')
+        if not lacks(path, method) and (not sketch or header(path)[1].get('recipe') == name): return path
+    raise InputError(f'no weights of {name}: neither data/weights/{name}.safetensors nor a finished run under runs/ '
+                     f'in {root}; train some with: {train}, or give a file with --checkpoint')
 
 # %% ../nbs/31_inference.ipynb #e70b5089
 def _short(path):
@@ -471,20 +511,24 @@ def available()->list:  # of (method, paper, where its weights are)
 def load_inpainter(method:str='edge_connect',  # a key of METHODS
                    checkpoint=None,   # weights file or folder of a finished run; None = `find_weights`
                    device='auto',     # 'auto', 'cpu', 'cuda', ...
+                   *, sketch=False,   # will it be called with a sketch? Then weights that take one
                    **options,         # of the method: composite_edges=False (edge_connect)
                   )->Inpainter:
     """A trained method as a function `(image, mask) -> Result`.
 
     image: path, PIL image, uint8 (H,W,3), float tensor (3,H,W) or (B,3,H,W) in [0,1]. mask, same size: path, PIL image, bool or
     uint8 (H,W) (128 and above = hole), or tensor of 0 and 1. `InputError` for an unknown method or option and for weights
-    that are missing, damaged or of another method."""
+    that are missing, damaged or of another method, and with `sketch` for those that take none."""
     if method not in METHODS: raise InputError(f"no method '{method}'; expected one of {', '.join(METHODS)}")
     options, m, device = check_options(method, options), METHODS[method], pick_device(device)
-    ready = lambda f, **kw: Inpainter(f.run, device=device, multiple=f.multiple, smallest=f.smallest, takes_sketch=f.takes_sketch, **kw)
+    if sketch and not m.sketch: raise InputError(f'{_NO_SKETCH}; found method {method}')
+    ready = lambda f, **kw: Inpainter(f.run, device=device, **{k: v for k, v in vars(f).items() if k != 'run'}, **kw)
     if not m.nets:
         if checkpoint: raise InputError(f'{method} learns nothing and takes no weights; found {checkpoint}, expected no checkpoint')
         return ready(m.build({}, {}, device=device, **options))
-    path = _file(checkpoint) if checkpoint else find_weights(method)
+    path = _file(checkpoint) if checkpoint else find_weights(method, sketch=sketch)
     if (why := lacks(path, method)): raise InputError(f'{path}: {why}; expected weights of {method} with {" and ".join(m.nets)}')
     nets, meta = load_weights(path)
-    return ready(m.build(nets, meta, device=device, path=path, **options), source=_short(path), meta=meta)
+    filler = m.build(nets, meta, device=device, path=path, **options)
+    if sketch and not filler.takes_sketch: raise InputError(f'{_NO_SKETCH}; found {_short(path)}')
+    return ready(filler, source=_short(path), meta=meta)

@@ -10,7 +10,7 @@ __all__ = ['DEEPFILL_LAYERS', 'LAYOUTS', 'OFFICIAL', 'IMPORTS', 'load_pickle', '
            'import_deepfill_v1', 'import_deepfill_v2']
 
 # %% ../nbs/32_official.ipynb #14f8c197
-import dataclasses, pickle, re, warnings
+import dataclasses, math, pickle, re, warnings
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ def complete(sd:dict, net:nn.Module)->list:  # names of the layers whose vectors
     computed, want = [], net.state_dict()
     for name, m in net.named_modules():
         w, u, v = (f'{name}.weight_{s}' for s in ('orig', 'u', 'v'))
-        if u not in want or w not in sd or (u in sd and v in sd): continue
+        if u not in want or w not in sd or (u in sd and v in sd) or sd[w].shape != want[w].shape: continue
         sd[u], sd[v] = leading_pair(sd[w], transposed=isinstance(m, nn.modules.conv._ConvTransposeNd))
         computed.append(name)
     for k, t in want.items():
@@ -106,9 +106,10 @@ def merge_alias(sd:dict,      # a state dict
 
 # %% ../nbs/32_official.ipynb #0b892423
 def first_weight(sd:dict, layer:str)->Tensor:
-    "The weight of a named layer, with or without spectral norm; `InputError` when it is not there"
+    "The weight of a named convolution, with or without spectral norm; `InputError` when it is not there or is none"
     for key in (layer + '.weight_orig', layer + '.weight'):
-        if key in sd: return sd[key]
+        if key in sd and sd[key].ndim == 4 and sd[key].numel(): return sd[key]
+        if key in sd: raise InputError(f"{key} has the shape {tuple(sd[key].shape)}; expected a convolution's (out, in, k, k)")
     raise InputError(f"no {layer}.weight in this state dict (it begins with {', '.join(list(sd)[:3])}); is it another network's?")
 
 # %% ../nbs/32_official.ipynb #c7d7f4f9
@@ -144,7 +145,7 @@ def from_unscaled(sd:dict)->dict:
     for k, v in sd.items():
         if '.mask_conv.' in k:
             if not (v == 1).all(): raise InputError(f'{k} is not all ones; expected a kernel that only sums the mask')
-        elif k.endswith('.input_conv.weight'): out[k.replace('.input_conv.', '.')] = v/v[0].numel()
+        elif k.endswith('.input_conv.weight') and v.ndim == 4: out[k.replace('.input_conv.', '.')] = v/math.prod(v.shape[1:])
         else: out[k.replace('.input_conv.', '.')] = v
     return out
 
@@ -245,9 +246,9 @@ def swap_colours(sd:dict,        # a DeepFill state dict in our names
     "A network for BGR made one for RGB, or back: G'(x) = P G(P x), P the exchange of red and blue"
     out = dict(sd)
     for key in (f'{n}.{w}' for n in first for w in ('conv.weight', 'weight_orig')):
-        if key in sd: out[key] = torch.cat([sd[key][:, :3].flip(1), sd[key][:, 3:]], 1)
+        if key in sd and sd[key].ndim == 4: out[key] = torch.cat([sd[key][:, :3].flip(1), sd[key][:, 3:]], 1)
     for key in (f'{n}.conv.{w}' for n in last for w in ('weight', 'bias')):
-        if key in sd: out[key] = sd[key].flip(0)
+        if key in sd and sd[key].ndim: out[key] = sd[key].flip(0)
     return out
 
 # %% ../nbs/32_official.ipynb #3853070d
@@ -280,7 +281,7 @@ def _deepfill(make, known, base):
     def build(sd, channels='rgb', **options):
         sd = _whole_model(sd)
         layout, how = deepfill_network(sd, known, **options)
-        out, in_ch = sd[layout.first].shape[:2]
+        out, in_ch = first_weight(sd, layout.layers[0] + '.conv').shape[:2]
         net = make(out/base, in_ch=in_ch, **how)
         return net, _rgb(our_names(sd, layout), channels)
     return build
@@ -305,8 +306,11 @@ def _deepfill_critic(sd, channels='rgb'):
     for k, v in sd.items():
         layer, _, what = k.partition('.conv_sn.')
         out[f"convs.{layer}.{dict(weight='weight_orig').get(what, what)}"] = v
-    for layer in [k.removesuffix('_orig') for k in out if k.endswith('.weight_orig')]:
-        if layer + '_u' in out: out[layer + '_u'], out[layer + '_v'] = power_step(out[layer + '_orig'], out[layer + '_u'])
+    for layer in [k.removesuffix('_orig') for k in out if k.endswith('.weight_orig') and k.removesuffix('orig') + 'u' in out]:
+        W, u = out[layer + '_orig'], out[layer + '_u']
+        if W.ndim != 4 or u.numel() != len(W):
+            raise InputError(f'{layer} {tuple(W.shape)} with _u {tuple(u.shape)}; expected (out, in, k, k) with (out,)')
+        out[layer + '_u'], out[layer + '_v'] = power_step(W, u)
     net = SNPatchDiscriminator(first.shape[1], first.shape[0]/64)
     return net, _rgb(out, channels, first=('convs.conv1',), last=())
 

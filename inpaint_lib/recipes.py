@@ -36,6 +36,7 @@ class Stage:
     takes:tuple = ()       # networks that may be given to start from
     vgg:bool = False       # does a loss of this stage look at VGG features?
     size:int = 48          # pixels of preset smoke
+    multiple:int = 4       # of which the pictures' side must be one
     fixed:dict = dataclasses.field(default_factory=dict)   # config that makes this stage what it is
 
 # %% ../nbs/30_recipes.ipynb #572084f9
@@ -125,9 +126,9 @@ RECIPES = {
     'partial_conv.finetune': Stage(_one(pc.PartialConvRecipe), _PC, pc.PartialConvConfig,
         {'paper': _change(_pcp['paper'], lr=5e-5), 'tiny': _change(_pcp['tiny'], lr=2.5e-4)}, vgg=True, needs=('generator',), size=64,
         fixed=dict(freeze_bn=True)),
-    'deepfill_v1': Stage(_one(d1.DeepFillV1Recipe), _D1, d1.DeepFillV1Config, _d1p, size=64, **_OWN),
-    'deepfill_v2': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, fixed=dict(sketch=False), **_OWN),
-    'deepfill_v2.sketch': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, fixed=dict(sketch=True), **_OWN),
+    'deepfill_v1': Stage(_one(d1.DeepFillV1Recipe), _D1, d1.DeepFillV1Config, _d1p, size=64, multiple=8, **_OWN),
+    'deepfill_v2': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, multiple=8, fixed=dict(sketch=False), **_OWN),
+    'deepfill_v2.sketch': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, multiple=8, fixed=dict(sketch=True), **_OWN),
 }
 
 # %% ../nbs/30_recipes.ipynb #869c4cc0
@@ -214,6 +215,7 @@ def build(name:str, preset:str='tiny', *,
     notes, vgg = _overridden(stage, p.get('config', {}), config or {}) + _changed(dataclasses.asdict(DataConfig(**p.get('data', {}))), data or {}), None
     run, data = TrainConfig(**{**p.get('run', {}), **(run or {})}), DataConfig(**{**p.get('data', {}), **(data or {})})
     given, config = config or {}, _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed}))
+    if data.size % stage.multiple: raise InputError(f'size is {data.size}; {name} expects a multiple of {stage.multiple}')
     if hasattr(config, 'size'): config = _sized(config, data.size, given)
     if data.masks == 'context_encoder' and hasattr(config, 'overlap'): data.mask_options = dict(overlap=config.overlap) | data.mask_options
     nets = _earlier(name, stage, dict(checkpoints or {}))

@@ -140,13 +140,13 @@ def offset_colours(offsets:Tensor,  # (B,2,H,W) displacement (rows, columns), an
                    *, radius=None,  # length of full strength, in that unit (the longest of the batch)
                   )->Tensor:        # (B,3,H,W) in [0,1]
     "Displacements in the colours of Middlebury's wheel: hue = direction, strength = length, white = none"
-    dy, dx = offsets.double().unbind(1)
+    dy, dx = offsets.cpu().double().unbind(1)           # some devices have no float64
     length, wheel = torch.hypot(dy, dx), _wheel().to(dy)
     far = radius if radius is not None else length.max().clamp(min=1e-9)
     at = torch.atan2(dy, dx)/(2*math.pi) % 1*len(wheel)
     k = at.floor().long() % len(wheel)
     rim = wheel[k] + (at - at.floor())[..., None]*(wheel[(k + 1) % len(wheel)] - wheel[k])
-    return (1 - (length/far).clamp(max=1)[..., None]*(1 - rim)).movedim(-1, 1).float()
+    return (1 - (length/far).clamp(max=1)[..., None]*(1 - rim)).movedim(-1, 1).float().to(offsets.device)
 
 # %% ../nbs/05_viz.ipynb #18b15a6e
 def colour_wheel(size:int=64,  # pixels

@@ -99,7 +99,9 @@ def test_thicken_and_wobble(edge):
     assert moved[..., 63, 73].item() == 1 == moved.sum().item()
 
 
-@pytest.mark.parametrize('wrong', [dict(drop=-.1), dict(drop=1.1), dict(wobble=-1), dict(shift=math.nan), dict(thicken=-1), dict(smooth=0)])
+@pytest.mark.parametrize('wrong', [dict(drop=-.1), dict(drop=1.1), dict(wobble=-1), dict(shift=math.nan), dict(thicken=-1), dict(smooth=0),
+                                   dict(smooth=1e-9), dict(smooth='a'), dict(wobble=math.inf), dict(wobble='a'), dict(shift=None), dict(drop='x'), dict(thicken=True),
+                                   dict(thicken=1e6)])
 def test_wrong_strengths_are_told(wrong, edge, hole):
     with pytest.raises(InputError, match=next(iter(wrong))): df.perturb_sketch(edge, hole, **wrong)
 
@@ -174,8 +176,8 @@ def test_a_sketch_for_a_network_without_the_channel_is_told(photo, hole, edge):
 SHIPPED = ROOT/'data'/'weights'/'deepfill_v2.sketch.safetensors'
 
 
-@pytest.mark.skipif(not SHIPPED.is_file(), reason='no sketch weights')
 def test_shipped_network_obeys():
+    assert SHIPPED.is_file() and (SHIPPED.parent/'deepfill_v2.safetensors').is_file()
     nets, meta = load_weights(SHIPPED)
     recipe = df.DeepFillV2Recipe(df.DeepFillV2Config(**{k: v for k, v in meta['config'].items() if k in df.DeepFillV2Config.__dataclass_fields__}))
     recipe.G.load_state_dict(nets['generator'])
@@ -184,17 +186,26 @@ def test_shipped_network_obeys():
     lines = edge_maps(rgb_to_gray(image), recipe.config.sketch_sigma)*mask
     fill = partial(df.fill, recipe.G.eval())
     led, free = (df.follow_sketch(fill, image, mask, s, lines=lines)['recall'].nanmean() for s in (lines, 0*lines))
-    assert led > free
+    assert led > free + .1
 
 
-@pytest.mark.parametrize('name', ['ablation_deepfill_v2', 'sketch_deepfill_v2'])
-def test_committed_ledgers_follow_their_rule(name):
+def ledger(name):
     file = ROOT/'figures'/f'{name}.json'
-    if not file.is_file(): pytest.skip('not measured yet')
-    rows = json.loads(file.read_text())
-    assert rows and any(r['decides'] for r in rows)
+    assert file.is_file() and file.with_suffix('.png').is_file()
+    return json.loads(file.read_text())
+
+
+def test_committed_sketch_ledger_follows_its_rule():
+    rows = ledger('sketch_deepfill_v2')
+    assert sum(r['decides'] for r in rows) == 11 and {r['n'] + r['left_out'] for r in rows} == {224}
     for r in rows:
-        said = verdict(*r['interval'], margin=r['margin'], direction=r['direction'])
-        enough = name.startswith('sketch') or r['seeds'] >= 3 and r['trained']
-        assert r['verdict'] == (said if enough else 'undecided')
+        assert r['verdict'] == verdict(*r['interval'], margin=r['margin'], direction=r['direction']) and r['seeds'] == 1
         assert math.isclose(r['means'][0] - r['means'][1], r['value'], abs_tol=1e-9)
+
+
+def test_committed_ablation_asks_all_claims():
+    "Its rule is tested with that of the other ablations, in test_experiments.py"
+    rows = ledger('ablation_deepfill_v2')
+    asked = [r['experiment'] for r in rows if r['decides']]
+    assert asked == ['gated minus vanilla', 'gated minus vanilla_wide', 'gated minus partial', 'skip minus gated', 'skip minus gated']
+    assert all(r['measure'] == 'l1' for r in rows if r['decides'])

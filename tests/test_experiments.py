@@ -68,7 +68,7 @@ def test_names_of_sets_and_files(tmp_path):
     assert ex.file_id('auto') == 'auto'
     (tmp_path/'a.bin').write_bytes(b'1'); one = ex.file_id(tmp_path/'a.bin'); (tmp_path/'a.bin').write_bytes(b'2')
     assert one.startswith('a.bin ') and ex.file_id(tmp_path/'a.bin') != one and str(tmp_path) not in one
-    ex.check_apart(Flat(1), Flat(2)); assert 'share pictures' in refused(ex.check_apart, Flat(1, 2), Flat(2, 3))
+    ex.check_apart(Flat(1), Flat(2)); assert 'share pictures (1 by name' in refused(ex.check_apart, Flat(1, 2), Flat(2, 3))
 
 
 def test_ledgers_of_the_committed_figures_name_the_same_digests():

@@ -391,7 +391,7 @@ def test_a_sketch_changes_the_hole_alone_and_only_where_it_lies_in_it(tmp_path):
     assert guided.takes_sketch and (with_lines.image[~hole] == image[~hole]).all()
     assert (with_lines.pred - plain.pred).abs().max() > 1e-4
     outside = np.where(hole, 0, lines).astype(np.uint8)                       # the known picture says where its edges are
-    assert torch.equal(guided(image, hole, outside).pred, plain.pred)
+    with pytest.warns(UserWarning, match='no line of the sketch lies in the hole'): assert torch.equal(guided(image, hole, outside).pred, plain.pred)
     forms = lines > 0, Image.fromarray(lines), torch.from_numpy(lines)/255
     for same in forms: assert torch.equal(guided(image, hole, same).pred, with_lines.pred)
     Image.fromarray(lines).save(tmp_path/'lines.png')
@@ -406,10 +406,83 @@ def test_bad_sketches(tmp_path, every):
     image, hole, lines = sketched()
     with pytest.raises(InputError, match='a sketch needs weights of recipe deepfill_v2.sketch'): every['deepfill_v2'](image, hole, lines)
     guided = load_inpainter('deepfill_v2', save_untrained(tmp_path/'w.safetensors', 'deepfill_v2.sketch'), 'cpu')
-    for wrong in (lines[:20], torch.rand(3, 45, 58), torch.full((45, 58), 2.), torch.full((45, 58), float('nan')), np.zeros((45, 58, 3), np.uint8), np.zeros(4)):
-        with pytest.raises(InputError, match='sketch of shape') as e: guided(image, hole, wrong)
+    for wrong in (lines[:20], torch.rand(3, 45, 58), torch.full((45, 58), 2.), torch.full((45, 58), float('nan')), np.zeros((20, 58, 3), np.uint8),
+                  np.zeros((45, 58, 5), np.uint8), np.zeros(4), np.float64(0)):
+        with pytest.raises(InputError, match=r'^sketch of shape .*expected \(H,W\)') as e: guided(image, hole, wrong)
         assert '\n' not in str(e.value)
+    for wrong in (np.zeros((0, 5)), torch.zeros(0, 58), Image.new('L', (0, 4)), np.array([['a']]), np.array([{}]), [[0, 1], [1]], [['line']], {},
+                  np.zeros((45, 58), complex)):
+        with pytest.raises(InputError, match=r'^sketch: .*expected .*\(H,W\)') as e: guided(image, hole, wrong)
+        assert '\n' not in str(e.value)
+    Image.fromarray(lines[:20]).save(tmp_path/'small.png'); (tmp_path/'text.png').write_text('no picture')
+    for name in ('small', 'text'):
+        with pytest.raises(InputError, match=f'{name}.png') as e: guided(image, hole, str(tmp_path/f'{name}.png'))
+        assert str(e.value).count(f'{name}.png') == 1
+    with pytest.raises(InputError, match='^sketch: image of mode La'): guided(image, hole, Image.new('La', (58, 45)))
     with pytest.raises(InputError, match='no such file'): guided(image, hole, tmp_path/'nothing.png')
+
+
+def drawings(lines):
+    "What drawing programs and libraries make of the same lines: title -> (sketch, is it said that it was turned round?)"
+    zero, clear = 0*lines, np.dstack([lines*0]*3 + [lines])
+    palette = Image.fromarray(255 - lines).convert('P', palette=Image.Palette.ADAPTIVE, colors=2)
+    palette.info['transparency'] = palette.getpixel((0, 0))
+    marked = Image.fromarray(np.dstack([255 - lines]*3)); marked.info['transparency'] = (255, 255, 255)
+    return {'black on nothing': (Image.fromarray(clear), True), 'an array of it': (clear, True),
+            'grey with alpha': (Image.fromarray(np.dstack([zero, lines]), 'LA'), True), 'palette': (palette, True), 'marked': (marked, True),
+            'bytes 0 and 1': (lines//255, False), 'tensor of bytes': (torch.from_numpy(lines//255), False), 'colours': (np.dstack([lines]*3), False),
+            'colours 0 and 1': (np.dstack([lines//255]*3), False), 'one channel': (lines[..., None], False), 'floats': (Image.fromarray(lines/np.float32(255)), False),
+            '16 bits': (Image.fromarray(lines.astype(np.uint16)*257), False), 'mode I': (Image.fromarray(lines.astype(np.int32)*257), False),
+            'list': ((lines > 0).tolist(), False), 'half': (torch.from_numpy(lines/255).bfloat16(), False)}
+
+
+@pytest.mark.parametrize('kind', drawings(sketched()[2]))
+@pytest.mark.parametrize('as_file', [False, True])
+@pytest.mark.filterwarnings('ignore:.*mode.*:DeprecationWarning')
+def test_no_form_of_a_sketch_loses_its_lines(kind, as_file, tmp_path):
+    lines = sketched()[2]; form, turned = drawings(lines)[kind]
+    if as_file:
+        if not isinstance(form, Image.Image): pytest.skip('not a picture')
+        form.save(tmp_path/('s.tif' if form.mode in ('F', 'I') else 's.png'), **{k: form.info[k] for k in form.info if k == 'transparency'})
+        form = next(tmp_path.iterdir())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always'); got = inference.read_sketch(form, (2, 45, 58))
+    assert torch.equal(got, torch.from_numpy(lines/255).float().expand(2, 1, 45, 58))
+    assert [str(t.message) for t in told] == turned*[f'{form if as_file else "sketch"}: mostly bright, so taken for dark lines on white and turned round']
+
+
+def test_a_line_is_what_training_called_one(tmp_path):
+    from inpaint_lib.training import load_weights
+    path = loud(save_untrained(tmp_path/'w.safetensors', 'deepfill_v2.sketch'))
+    nets, meta = load_weights(path); meta['config']['sketch_threshold'] = .2
+    save_weights(tmp_path/'faint.safetensors', nets, meta)
+    image, hole, lines = sketched()
+    strict, faint = (load_inpainter('deepfill_v2', p, 'cpu') for p in (path, tmp_path/'faint.safetensors'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error'); seen = faint(image, hole, lines*.4/255)
+    assert torch.equal(seen.pred, strict(image, hole, lines).pred) and not torch.equal(seen.pred, faint(image, hole).pred)
+    with pytest.warns(UserWarning, match=r'^sketch: no line of the sketch lies in the hole \(a line is above 0.6\)'):
+        assert torch.equal(strict(image, hole, lines*.4/255).pred, strict(image, hole).pred)
+    two = np.stack([lines, 0*lines])[:, None]/255.                       # of a batch, one picture has no line
+    with pytest.warns(UserWarning, match='no line'): faint(torch.rand(2, 3, 45, 58), torch.from_numpy(hole), two)
+
+
+def test_weights_for_a_sketch_are_found_or_the_command_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match='inpaint train deepfill_v2.sketch ') as e: find_weights('deepfill_v2', tmp_path, sketch=True)
+    assert 'data/weights/deepfill_v2.sketch.safetensors' in str(e.value) and '\n' not in str(e.value)
+    run = save_untrained(tmp_path/'run.safetensors', 'deepfill_v2.sketch'), save_untrained(tmp_path/'plain.safetensors', 'deepfill_v2')
+    for source, name in zip(run, ('guided', 'later')):
+        (tmp_path/'runs'/name).mkdir(parents=True); (tmp_path/'runs'/name/'weights.safetensors').write_bytes(source.read_bytes())
+    os.utime(tmp_path/'runs'/'guided'/'weights.safetensors', (time.time() - 100,)*2)
+    assert find_weights('deepfill_v2', tmp_path, sketch=True).parent.name == 'guided' and find_weights('deepfill_v2', tmp_path).parent.name == 'later'
+    (tmp_path/'data'/'weights').mkdir(parents=True); shipped = tmp_path/'data'/'weights'/'deepfill_v2.sketch.safetensors'
+    shipped.write_bytes(run[0].read_bytes())
+    assert find_weights('deepfill_v2', tmp_path, sketch=True) == shipped
+    monkeypatch.setattr(inference, 'checkout', lambda: tmp_path)
+    assert load_inpainter('deepfill_v2', device='cpu', sketch=True).takes_sketch and not load_inpainter('deepfill_v2', device='cpu').takes_sketch
+    for method in ('edge_connect', 'telea'):
+        with pytest.raises(InputError, match=f'a sketch needs weights of recipe deepfill_v2.sketch.*found method {method}'): load_inpainter(method, sketch=True)
+    with pytest.raises(InputError, match='a sketch needs weights .*plain.safetensors'): load_inpainter('deepfill_v2', run[1], 'cpu', sketch=True)
 
 
 def test_views_of_deepfill(every):

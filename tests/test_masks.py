@@ -260,17 +260,18 @@ def test_context_encoder_centre():
 
 # ---- DeepFill
 
-COVERAGE = {'deepfill_strokes': (.156, .037, .297), 'deepfill_rectangle': (.191, None, None), 'deepfill': (.312, .211, .439)}
+COVERAGE = {'deepfill_strokes': (.156, .037, .297, .401), 'deepfill_rectangle': (.191, None, None, None), 'deepfill': (.312, .211, .439, .577)}
 
 @pytest.mark.parametrize('kind', COVERAGE)
 @pytest.mark.parametrize('size', [64, 256])
 def test_deepfill_covers_what_the_published_code_covers(kind, size):
-    "Mean, 5 % and 95 % quantile of 600 masks of that code; the mean of ours must lie within four standard errors"
+    "Mean, 5 % and 95 % quantile and maximum of 600 masks of that code; the mean of ours must lie within four standard errors"
     draw = mask_sampler(kind)
     ratios = np.array([hole_ratio(draw(keyed_rng(7, i), i, size)) for i in range(400)])
-    mean, low, high = COVERAGE[kind]
+    mean, low, high, most = COVERAGE[kind]
     assert abs(ratios.mean() - mean) < 4*ratios.std()*(1/400 + 1/600)**.5
-    for q, want in ((.05, low), (.95, high)): assert want is None or abs(np.quantile(ratios, q) - want) < .035
+    for q, want, within in ((.05, low, .2), (.95, high, .2), (1, most, .35)):
+        assert want is None or abs(np.quantile(ratios, q)/want - 1) < within, q
 
 
 def test_deepfill_box_at_256():

@@ -487,7 +487,44 @@ def test_deepfill_import_then_fill(tmp_path, method, layout, wrap, options):
     assert torch.equal(filled[:, ~hole], image[:, ~hole]) and not torch.equal(filled, image)
 
 
+@pytest.mark.parametrize('network, key, tensor, options, message', [
+    ('deepfill_v2.generator', 'conv1.conv.weight', torch.ones(16), {}, r'conv1.conv.weight has the shape \(16,\)'),
+    ('deepfill_v2.generator', 'conv1.conv.weight', torch.tensor(1.), {}, r'has the shape \(\)'),
+    ('deepfill_v2.generator', 'conv1.conv.weight', torch.ones(0, 5, 5, 5), {}, 'has the shape'),
+    ('deepfill_v2.generator', 'xconv1.conv.weight', torch.ones(16), dict(channels='bgr'), 'another shape'),
+    ('deepfill_v2.generator', 'conv17.conv.bias', torch.tensor(1.), dict(channels='bgr'), 'another shape'),
+    ('deepfill_v2.generator', 'conv17.conv.weight', torch.tensor(1.), dict(channels='bgr'), 'another shape'),
+    ('deepfill_v2.discriminator', 'conv1.conv_sn.weight', torch.ones(64), {}, 'has the shape'),
+    ('deepfill_v2.discriminator', 'conv3.conv_sn.weight', torch.ones(64), {}, r'convs.conv3.weight \(64,\) with _u'),
+    ('deepfill_v2.discriminator', 'conv3.conv_sn.weight_u', torch.ones(7), {}, r'with _u \(7,\)'),
+    ('deepfill_v2.discriminator', 'conv3.conv_sn.weight_u', torch.tensor(1.), {}, 'with _u'),
+    ('edge_connect.edge_generator', 'encoder.1.weight_orig', torch.ones(4), {}, 'has the shape'),
+    ('edge_connect.edge_discriminator', 'conv3.0.weight_orig', torch.ones(4), {}, 'another shape'),
+    ('context_encoder.generator', 'main.14.weight', torch.tensor(1.), {}, 'has the shape'),
+    ('partial_conv.unet', 'enc_1.conv.input_conv.weight', torch.tensor(1.), {}, 'has the shape|no enc_1'),
+    ('partial_conv.unet', 'enc_1.conv.input_conv.weight', torch.ones(0, 3, 7, 7), {}, 'has the shape'),
+], ids=str)
+def test_tensors_with_too_few_axes_are_one_line(network, key, tensor, options, message):
+    from inpaint_lib.papers.context_encoder import ContextEncoder
+    from inpaint_lib.papers.edge_connect import Discriminator, EdgeGenerator
+    from inpaint_lib.papers.partial_conv import PConvUNet
+    rename = lambda sd: {k.replace('.conv.', '.conv.input_conv.'): v for k, v in sd.items()}
+    make = {'deepfill_v2.generator': lambda: slim('nipponjo_networks_tf_generator', 12),
+            'deepfill_v2.discriminator': lambda: dict(deepfill_like(recorded('nipponjo_networks_tf_discriminator'))),
+            'edge_connect.edge_generator': lambda: EdgeGenerator(width=1/16).state_dict(),
+            'edge_connect.edge_discriminator': lambda: {k: v for k, v in Discriminator(2, width=1/16).state_dict().items() if k != 'conv3.0.weight_u'},
+            'context_encoder.generator': lambda: ContextEncoder(width=1/16, bottleneck=8).state_dict(),
+            'partial_conv.unet': lambda: rename(PConvUNet(width=1/16, n_layers=6).state_dict())}
+    sd = make[network]()
+    assert key in sd
+    from_official(network, sd, **options)                                     # as it is, it loads
+    with pytest.raises(InputError, match=message) as e: from_official(network, sd | {key: tensor.to(torch.float64)}, **options)
+    assert '\n' not in str(e.value)
+
+
 def test_deepfill_import_refuses(tmp_path):
+    torch.save({'G': {'conv1.conv.weight': torch.ones(48)}}, tmp_path/'bad.pth')
+    with pytest.raises(InputError, match=r'bad.pth: conv1.conv.weight has the shape \(48,\)'): import_deepfill_v2(tmp_path/'bad.pth', tmp_path/'x')
     torch.save(slim('daa233_deepfillv1_generator', 8), tmp_path/'v1.pth')
     with pytest.raises(InputError, match='v1.pth: no layer of a known layout'): import_deepfill_v2(tmp_path/'v1.pth', tmp_path/'x')
     with pytest.raises(InputError, match="v1.pth: deepfill_v1.generator: no option 'color'"):

@@ -78,6 +78,18 @@ def test_changes_to_the_preset_are_deviations():
     assert not any('preset' in d for d in recipes.build('context_encoder')[0].deviations)
 
 
+@pytest.mark.parametrize('name, size', [('deepfill_v1', 60), ('deepfill_v2.sketch', 100), ('edge_connect.edge', 66)])
+def test_sizes_that_no_network_of_the_recipe_takes(name, size):
+    with pytest.raises(InputError, match=f'size is {size}; {name} expects a multiple of') as e: recipes.build(name, data=dict(size=size))
+    assert '\n' not in str(e.value)
+
+
+def test_the_critics_of_deepfill_v1_know_the_size_of_the_pictures():
+    assert recipes.build('deepfill_v1', config=dict(width=1/16), data=dict(size=128))[0].config.size == 128
+    assert recipes.build('deepfill_v1', config=dict(width=1/16, size=64))[0].config.size == 64
+    with pytest.raises(InputError, match='size=256 among the options'): recipes.build('deepfill_v1', config=dict(size=256))
+
+
 def test_a_loss_without_weight_needs_no_vgg():
     off = dict(lambda_perc=0., lambda_style_out=0., lambda_style_comp=0.)
     recipe, *_ = recipes.build('partial_conv', 'paper', config=off | dict(width=1/16))        # 'auto' would download

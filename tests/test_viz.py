@@ -44,6 +44,30 @@ def test_radius_is_the_longest_of_the_batch():
     assert (offset_colours(torch.zeros(2, 2, 3, 4)) == 1).all()
 
 
+def test_colours_are_computed_in_double_where_that_exists():
+    "Single and half precision come in, float32 goes out"
+    g = torch.Generator().manual_seed(0)
+    x = 9*torch.randn(2, 2, 64, 64, generator=g)
+    want = offset_colours(x.double(), radius=12.)
+    for kind in (torch.float32, torch.float16, torch.bfloat16):
+        got = offset_colours(x.to(kind), radius=12.)
+        assert got.dtype == torch.float32 and got.device == x.device
+        assert (got - offset_colours(x.to(kind).double(), radius=12.)).abs().max() < 1e-6
+    assert torch.equal(offset_colours(x, radius=12.), want)
+
+
+def test_no_device_is_asked_for_float64():
+    "A device without float64, as Apple's: every tensor that is not on the CPU refuses it"
+    class Device(torch.Tensor):
+        asked = []
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.asked.append(getattr(func, '__name__', ''))
+            with torch._C.DisableTorchFunctionSubclass(): return func(*args, **(kwargs or {}))
+    offset_colours(torch.ones(1, 2, 2, 2).as_subclass(Device))
+    assert Device.asked[0] == 'cpu'
+
+
 def test_wheel():
     w = colour_wheel(33)
     assert w.shape == (3, 33, 33) and (w[:, 16, 16] == 1).all() and (w[:, 0, 0] == 1).all()

@@ -558,7 +558,7 @@ class Critic(nn.Module):
                              'config is the side of the training pictures')
         return self.linear(self.convs(x).flatten(1))
 
-# %% ../../nbs/23_papers.deepfill_v1.ipynb #633ec8fe
+# %% ../../nbs/23_papers.deepfill_v1.ipynb #dbdb7a78
 def local_window(mask:Tensor,  # (B,1,H,W), 1 = hole
                  side:int,     # of the square window, at most H and W
                 )->Tensor:     # (B,2) whole numbers: its top row and left column
@@ -568,7 +568,7 @@ def local_window(mask:Tensor,  # (B,1,H,W), 1 = hole
         middle = (any_hole.argmax(1) + n - any_hole.flip(1).argmax(1))//2                 # first, last + 1
         return (middle - side//2).clamp(0, n - side)
     h, w = mask.shape[-2:]
-    if side > min(h, w): raise InputError(f'a window of {side} in {h}x{w} pixels; expected less')
+    if side > min(h, w): raise InputError(f'a window of {side} in {h}x{w} pixels; expected at most {min(h, w)}')
     return torch.stack([start(2), start(3)], 1)
 
 def crop_local(x:Tensor,       # (B,C,H,W)
@@ -602,21 +602,22 @@ def discount_mask(side:int,         # of the window
     w = gamma**torch.minimum(i, side - i).float()
     return torch.maximum(w[:, None], w[None])[None, None]
 
-# %% ../../nbs/23_papers.deepfill_v1.ipynb #254029ed
+# %% ../../nbs/23_papers.deepfill_v1.ipynb #1a545f18
 def _positive(c, names, *, least=0, kind='number'):
     "`InputError` for a field below `least`, infinite, or no number"
     for k in names:
         v = getattr(c, k)
-        good = isinstance(v, int) if kind == 'whole number' else isinstance(v, (int, float))
+        good = isinstance(v, int if kind == 'whole number' else (int, float)) and not isinstance(v, bool)
         if not good or not least <= v < float('inf'):
             raise InputError(f'{k} is {v}; expected a {kind}, {least} or more')
 
 def _check_config(c):
     "`InputError` for values without a meaning"
-    _positive(c, ('lambda_l1', 'lambda_valid', 'coarse_alpha', 'lambda_adv', 'lambda_gp'))
+    _positive(c, ('lambda_l1', 'lambda_valid', 'coarse_alpha', 'lambda_adv', 'lambda_gp', 'width', 'gamma'))
     _positive(c, ('d_steps',), least=1, kind='whole number')
     _positive(c, ('size',), least=16, kind='whole number')
     if c.size % 8: raise InputError(f'size is {c.size}; expected a multiple of 8')
+    if not all(0 <= b < 1 for b in c.betas): raise InputError(f'betas are {c.betas}; expected two numbers from 0 to below 1')
     if not 0 < c.gamma <= 1: raise InputError(f'gamma is {c.gamma}; expected above 0, at most 1')
     if not (c.lambda_l1 or c.lambda_valid or c.lambda_adv):
         raise InputError('no loss term is left; expected a weight above 0')
@@ -641,7 +642,7 @@ class DeepFillV1Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/23_papers.deepfill_v1.ipynb #9afb8e81
+# %% ../../nbs/23_papers.deepfill_v1.ipynb #144aeb78
 def l1_terms(config, coarse:Tensor,  # (B,3,H,W) in [-1,1], of the first stage
              refined:Tensor,         # (B,3,H,W) of the second
              image:Tensor,           # (B,3,H,W) in [-1,1]
@@ -656,7 +657,7 @@ def l1_terms(config, coarse:Tensor,  # (B,3,H,W) in [-1,1], of the first stage
     near, true = discount_mask(side, c.gamma).to(image), local(image)
     both = lambda f: c.coarse_alpha*f(coarse) + f(refined)
     return dict(l1_local=c.lambda_l1*both(lambda x: masked_l1(local(x), true, near)),
-                l1_valid=c.lambda_valid*both(lambda x: masked_l1(x, image, 1 - mask))/(1 - mean))
+                l1_valid=c.lambda_valid*both(lambda x: masked_l1(x, image, 1 - mask))/(1 - mean).clamp(min=1e-6))
 
 # %% ../../nbs/23_papers.deepfill_v1.ipynb #e3a60d0e
 def critic_terms(config, D:Critics,

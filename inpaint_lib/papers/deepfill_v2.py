@@ -9,7 +9,7 @@ __all__ = ['GATES', 'CONVS', 'GATE_VIEWS', 'SKETCH_STRENGTHS', 'separable_gate',
            'generator_terms', 'departures', 'DeepFillV2Recipe', 'watch_gates', 'drawing', 'fill', 'smooth_noise',
            'displaced', 'without_pieces', 'perturb_sketch', 'line_agreement', 'follow_sketch']
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #4ec4d016
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #ce34b3e8
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from ..data.edges import edge_maps, rgb_to_gray
 from ..data.masks import composite, fill_hole
 from ..layers import SameConv2d, channels, same_padding, spectral_norm
 from ..losses import adversarial_loss, mean_abs
-from ..metrics import psnr
-from .deepfill_v1 import COARSE, TwoStage, chain, glorot, stage_pictures
+from .deepfill_v1 import (COARSE, TwoStage, _positive, chain, glorot, stage_metrics,
+                                            stage_pictures)
 from .partial_conv import PartialConv2d
 from ..training import Recipe
 
@@ -107,13 +107,16 @@ def partial_chain(rows:tuple, in_ch:int, **kw)->PartialChain:
     "`chain` of partial convolutions: the coarse network has a hole, the refinement sees a composite and has none"
     return PartialChain(chain(rows, in_ch, block=PartialBlock, **kw).named_children(), rows[0] == COARSE[0])
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #c0d5684c
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #b24f01d3
 def network_input(image:Tensor,             # (B,3,H,W) in [-1,1]
                   mask:Tensor,              # (B,1,H,W), 1 = hole
                   sketch:Tensor|None=None,  # (B,1,H,W), for a network with `in_ch` 6
                  )->Tensor:                 # (B,5 or 6,H,W)
-    "Picture with a hole of 0, [sketch,] ones, mask: the order of the published code"
-    lines = [] if sketch is None else [sketch]
+    "Picture with a hole of 0, [sketch,] ones, mask: the order of the published code. `InputError`: other shapes"
+    lines, want = [] if sketch is None else [sketch], (len(image), 1, *image.shape[-2:])
+    if image.dim() != 4 or image.shape[1] != 3 or any(tuple(t.shape) != want for t in (mask, *lines)):
+        shapes = ', '.join(str(tuple(t.shape)) for t in (image, mask, *lines))
+        raise InputError(f'picture, mask[, sketch] {shapes}; expected (B,3,H,W) and (B,1,H,W) of one size')
     return torch.cat([fill_hole(image, mask, 0.), *lines, torch.ones_like(mask), mask], 1)
 
 def sketch_channel(edge:Tensor,   # (B,1,H,W) in [0,1]
@@ -123,14 +126,14 @@ def sketch_channel(edge:Tensor,   # (B,1,H,W) in [0,1]
     "The lines that guide: edges above the threshold, in the hole alone (published code)"
     return (edge > threshold).to(mask.dtype)*mask
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #d970511d
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #032549c7
 CONVS = ('gated', 'partial', 'vanilla')
 
 def _check_network(in_ch, conv, gate):
     "`InputError` for words without a meaning"
     if conv not in CONVS: raise InputError(f"no conv '{conv}'; expected one of {', '.join(CONVS)}")
     if in_ch not in (5, 6): raise InputError(f'in_ch {in_ch}; expected 5 (picture, ones, mask) or 6 (with a sketch)')
-    if gate not in GATES: raise InputError(f"no gate '{gate}'; expected one of {', '.join(GATES)}")
+    if gate not in tuple(GATES): raise InputError(f"no gate '{gate}'; expected one of {', '.join(GATES)}")
     if gate != 'full' and conv != 'gated': raise InputError(f"gate '{gate}' with conv '{conv}'; expected conv 'gated'")
 
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #6792e068
@@ -157,16 +160,16 @@ class DeepFillV2Generator(TwoStage):
         out = self.stages(x, mask)
         return out['coarse'], out['refined']
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #81b0f40d
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #07b83c85
 def keep_signal(net:nn.Module,            # fresh, with gated convolutions; changed in place
-                gain:float=math.sqrt(6),  # or 2 beside a light gate
+                gain:float=math.sqrt(6),  # each gated layer hands on gain/sqrt(6) of its signal
                )->nn.Module:              # the same network
-    "The weights of the *features* of gated convolutions times `gain`; gates, and other layers, as they are. Ours"
+    "Weights of gated *features* times `gain`, beside a light gate sqrt(2/3) of it; gates as they are. Ours"
     for m in net.modules():
-        if isinstance(m, GatedConv2d): m.conv.weight.data[:m.out_ch] *= gain
+        if isinstance(m, GatedConv2d): m.conv.weight.data[:m.out_ch] *= gain*(math.sqrt(2/3) if m.gate else 1)
     return net
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #5a63acb0
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #101dcc0e
 class SNPatchDiscriminator(nn.Module):
     "(B,in_ch,H,W): picture in [-1,1], [sketch,] mask -> verdicts (B,256,H/64,W/64), all of them count. Yu et al. 2019"
     def __init__(self, in_ch:int=4,       # 5 with a sketch
@@ -179,17 +182,26 @@ class SNPatchDiscriminator(nn.Module):
         glorot(self)
 
     def forward(self, x:Tensor)->Tensor:
-        for conv in self.convs: x = F.leaky_relu(conv(x), .2)
+        c = self.convs.conv1.in_channels
+        if x.dim() != 4 or x.shape[1] != c: raise InputError(f'critic: {tuple(x.shape)}; expected (B,{c},H,W)')
+        for conv in self.convs: x = F.leaky_relu(_safely(conv, x), .2)
         return x
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #02c268ee
+def _safely(conv, x):
+    "conv(x); under autocast a map of one pixel's height or width in float32, see the text"
+    if min(x.shape[-2:]) > 1 or not torch.is_autocast_enabled(x.device.type): return conv(x)
+    with torch.autocast(x.device.type, enabled=False): return conv(x.float())
+
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #171db909
 def critic_loss(scores:Tensor,   # any shape; the first half of the batch is of real pictures
                )->Tensor:        # scalar
-    "Hinge loss of D with the code's factor of a half: (mean max(0, 1-real) + mean max(0, 1+fake))/2"
+    "Hinge loss of D with the code's factor of a half: (mean max(0, 1-real) + mean max(0, 1+fake))/2. `InputError`: odd batch"
+    if not scores.dim() or not len(scores) or len(scores) % 2:
+        raise InputError(f'verdicts {tuple(scores.shape)}; expected an even batch, real pictures first')
     real, fake = scores.chunk(2)
     return (adversarial_loss(real, True, kind='hinge') + adversarial_loss(fake, False, kind='hinge'))/2
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #7765e8f2
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #58e74c57
 @dataclass
 class DeepFillV2Config:
     "Yu et al. 2019 in numbers. `InputError` for values without a meaning"
@@ -202,7 +214,7 @@ class DeepFillV2Config:
     sketch_sigma:float = 2.       # ours, of Canny, where no edge files are given
     lambda_l1:float = 1.          # code, for each of the two stages
     lambda_adv:float = 1.         # code; 0: no critic
-    gain:float = 1.               # code: plain Glorot; ours for short runs: sqrt(6), keeps the signal (`keep_signal`)
+    gain:float = 1.               # code: plain Glorot; ours for short runs: sqrt(6), keeps the signal (`keep_signal`, all gates)
     lr:float = 1e-4               # code
     d2g:float = 1.                # code: one optimiser for both networks
     betas:tuple = (.5, .999)      # code
@@ -210,18 +222,25 @@ class DeepFillV2Config:
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #53f85571
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #7e27422e
 def _check_config(c):
     "`InputError` for values without a meaning"
     _check_network(5, c.conv, c.gate)
-    channels(1, c.width)
-    for k in ('lambda_l1', 'lambda_adv'):
-        if not 0 <= getattr(c, k) < float('inf'): raise InputError(f'{k} is {getattr(c, k)}; expected 0 or more')
+    numbers = ('width', 'lambda_l1', 'lambda_adv', 'gain', 'sketch_threshold', 'sketch_sigma', 'lr', 'd2g')
+    _check_types(c, numbers)
+    for k in ('width', 'gain', 'sketch_sigma', 'lr', 'd2g'):
+        if not getattr(c, k): raise InputError(f'{k} {getattr(c, k)}; expected above 0')
     if not (c.lambda_l1 or c.lambda_adv): raise InputError('no loss term; expected lambda_l1 or lambda_adv above 0')
-    if not 0 < c.gain < float('inf'): raise InputError(f'gain {c.gain}; expected above 0 (1: as the code)')
-    if not 0 <= c.sketch_threshold < 1:
-        raise InputError(f'sketch_threshold {c.sketch_threshold}; expected 0 to below 1')
-    if not 0 < c.sketch_sigma < float('inf'): raise InputError(f'sketch_sigma {c.sketch_sigma}; expected above 0')
+    if c.sketch_threshold >= 1: raise InputError(f'sketch_threshold {c.sketch_threshold}; expected 0 to below 1')
+
+def _check_types(c, numbers):
+    "`InputError` for a field of another kind"
+    _positive(c, numbers); _positive(c, ('seed',), kind='whole number')
+    for k in ('skip', 'sketch'):
+        if not isinstance(getattr(c, k), bool): raise InputError(f'{k} is {getattr(c, k)!r}; expected True or False')
+    fine = isinstance(c.betas, (tuple, list)) and len(c.betas) == 2
+    if not fine or not all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in c.betas):
+        raise InputError(f'betas {c.betas}; expected two numbers, 0 to below 1')
 
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #ff6c60a5
 def true_sketch(config, batch)->Tensor|None:
@@ -251,7 +270,7 @@ def departures(config)->list:
     said = [f'{k}={getattr(config, k)}' for k, v in odd.items() if getattr(config, k) != v]
     return said if config.lambda_adv else [*said, 'no critic: lambda_adv=0']
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #579edcc0
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #087b2ab7
 class DeepFillV2Recipe(Recipe):
     "Both stages at once: L1 on each, one critic of the completed picture. Yu et al. 2019"
     method, update, separate_batches = 'deepfill_v2', 'alternating', True
@@ -259,7 +278,7 @@ class DeepFillV2Recipe(Recipe):
         super().__init__(); self.config = c = config or DeepFillV2Config()
         self.name, self.deviations = 'deepfill_v2.sketch' if c.sketch else 'deepfill_v2', departures(c)
         self.G = DeepFillV2Generator(c.width, in_ch=5 + c.sketch, conv=c.conv, gate=c.gate, skip=c.skip)
-        if c.gain != 1: keep_signal(self.G, c.gain)
+        if c.gain != 1 or c.gate != 'full': keep_signal(self.G, c.gain)
         self.D = SNPatchDiscriminator(4 + c.sketch, c.width) if c.lambda_adv else None
 
     def forward(self, batch):
@@ -272,7 +291,7 @@ class DeepFillV2Recipe(Recipe):
     def d_terms(self, batch, out):
         return dict(d_hinge=critic_loss(verdicts(self.D, batch, out, 2*batch['image'].detach() - 1)))
     def g_terms(self, batch, out): return generator_terms(self, batch, out)
-    def metrics(self, batch, out): return dict(psnr_hole=psnr(out['comp'].float(), batch['image'], batch['mask']).mean())
+    def metrics(self, batch, out): return stage_metrics(batch, out)
     def pictures(self, batch, out):
         lines = dict(sketch=1 - out['sketch']) if 'sketch' in out else {}
         return stage_pictures(batch, out) | lines
@@ -325,13 +344,13 @@ import numpy as np
 from ..core import keyed_rng
 from ..data.masks import dilate
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #5ae32ba2
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #344edbc8
 def smooth_noise(rng,        # a generator
                  hw,         # (H, W)
-                 *, step:float,  # pixels between independent values
+                 *, step:float,  # pixels between independent values; under 1 counts as 1
                 )->Tensor:   # (2,H,W) float64, root mean square length 1
     "A smooth random vector field: Gaussian values on a coarse grid, bicubic in between"
-    coarse = rng.standard_normal((1, 2, *(max(2, round(n/step) + 1) for n in hw)))
+    coarse = rng.standard_normal((1, 2, *(max(2, round(n/max(step, 1)) + 1) for n in hw)))
     x = F.interpolate(torch.from_numpy(coarse), tuple(hw), mode='bicubic', align_corners=True)[0]
     return x/(x**2).sum(0).mean().sqrt()
 
@@ -364,14 +383,14 @@ SKETCH_STRENGTHS = {   # lengths in pixels of a 256-pixel picture; names, not me
     'hasty': dict(wobble=3., shift=2., drop=.3, thicken=2.),
     'clumsy': dict(wobble=6., shift=4., drop=.6, thicken=2.)}
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #49ad9326
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #437e64b6
 def perturb_sketch(edge:Tensor,          # (B,1,H,W) edges of the whole pictures, above 0 = line
                    mask:Tensor,          # (B,1,H,W), 1 = hole
                    *, wobble=3.,         # displacement (root mean square), in pixels of a 256-pixel picture
                    shift=2.,             # likewise: of the whole drawing, in a random direction
                    drop=.3,              # share of the lines in the hole that is left out
                    thicken=2.,           # how much wider the pen is, on each side; to whole pixels
-                   smooth=32.,           # distance over which the displacement changes
+                   smooth=32.,           # distance over which the displacement changes, 1 or more
                    seed:int=0,           # picture k of the batch draws from seed + k
                   )->Tensor:             # (B,1,H,W) 0/1, lines in the hole
     "Lines as if drawn by hand; strengths of 0 give `edge` in the hole. `InputError`: wrong shapes or strengths"
@@ -380,7 +399,7 @@ def perturb_sketch(edge:Tensor,          # (B,1,H,W) edges of the whole pictures
     lengths = dict(wobble=wobble*scale, shift=shift*scale, pen=round(thicken*scale), smooth=smooth*scale)
     return torch.stack([_drawn(seed + k, e, m, drop=drop, **lengths) for k, (e, m) in enumerate(pairs)]).to(edge)
 
-# %% ../../nbs/24_papers.deepfill_v2.ipynb #012a3f9a
+# %% ../../nbs/24_papers.deepfill_v2.ipynb #1fc3528f
 def _drawn(seed, edge, mask, *, wobble, shift, drop, pen, smooth):
     "One drawing (1,H,W); lengths in its own pixels"
     rng, hw = (lambda what: keyed_rng(seed, 'sketch', what)), edge.shape[-2:]
@@ -394,9 +413,10 @@ def _check_sketch(edge, mask, *, drop, smooth, **lengths):
     "`InputError` for shapes or strengths that mean nothing"
     a, b = tuple(edge.shape), tuple(mask.shape)
     if a != b or len(a) != 4 or a[1] != 1: raise InputError(f'edges {a} with masks {b}; expected the same (B,1,H,W)')
-    good = {k: v >= 0 for k, v in lengths.items()} | dict(drop=0 <= drop <= 1, smooth=smooth > 0)
-    bad = [f'{k} is {v}' for k, v in (lengths | dict(drop=drop, smooth=smooth)).items() if not good[k]]
-    if bad: raise InputError(f'{bad[0]}; expected 0 or more (drop: up to 1, smooth: above 0)')
+    ranges = {k: (v, 0, 256) for k, v in lengths.items()} | dict(drop=(drop, 0, 1), smooth=(smooth, 1, 256))
+    for k, (v, lo, hi) in ranges.items():
+        number = isinstance(v, (int, float)) and not isinstance(v, bool)
+        if not number or not lo <= v <= hi: raise InputError(f'{k} is {v}; expected a number from {lo} to {hi}')
 
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #67beeb74
 def line_agreement(comp:Tensor,       # (B,3 or 1,H,W) in [0,1], a filled picture
