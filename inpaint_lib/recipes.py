@@ -36,7 +36,7 @@ class Stage:
     takes:tuple = ()       # networks that may be given to start from
     vgg:bool = False       # does a loss of this stage look at VGG features?
     size:int = 48          # pixels of preset smoke
-    multiple:int = 4       # of which the pictures' side must be one
+    multiple:int = 1       # of which the pictures' side must be one
     fixed:dict = dataclasses.field(default_factory=dict)   # config that makes this stage what it is
 
 # %% ../nbs/30_recipes.ipynb #572084f9

@@ -78,7 +78,7 @@ def test_changes_to_the_preset_are_deviations():
     assert not any('preset' in d for d in recipes.build('context_encoder')[0].deviations)
 
 
-@pytest.mark.parametrize('name, size', [('deepfill_v1', 60), ('deepfill_v2.sketch', 100), ('edge_connect.edge', 66)])
+@pytest.mark.parametrize('name, size', [('deepfill_v1', 60), ('deepfill_v2.sketch', 100)])
 def test_sizes_that_no_network_of_the_recipe_takes(name, size):
     with pytest.raises(InputError, match=f'size is {size}; {name} expects a multiple of') as e: recipes.build(name, data=dict(size=size))
     assert '\n' not in str(e.value)
