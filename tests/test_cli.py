@@ -170,7 +170,7 @@ def test_a_sketch_without_checkpoint_takes_the_weights_for_sketches(files, run, 
     assert code == 0 and 'turned round' in err and err.count('\n') == 1 and same_outside(files/'a.png', files/'o.png')
     for other in ('edge_connect', 'telea'):
         code, _, err = run(*how, '--method', other)
-        assert code == 2 and f'a sketch needs weights of recipe deepfill_v2.sketch' in err and f'found method {other}' in err
+        assert code == 2 and 'a sketch needs weights of recipe deepfill_v2.sketch' in err and f'found method {other}' in err
     for option in ('device=cpu', 'sketch=true', 'method=telea'):
         code, _, err = run(*how, '--method', 'deepfill_v2', '--option', option)
         assert code == 2 and f"no option '{option.split('=')[0]}'" in err
