@@ -31,7 +31,7 @@ notebooks: setup  ## execute the notebooks in place, so that readers see results
 
 figures: setup  ## write figures/METHOD.png from the committed weights and the held-out photograph
 	@mkdir -p runs/figures
-	@for m in context_encoder structural_inpainting partial_conv deepfill_v1 deepfill_v2 edge_connect; do \
+	@for m in context_encoder structural_inpainting partial_conv deepfill_v1 deepfill_v2 edge_connect structure_flow; do \
 	  MPLBACKEND=module://matplotlib_inline.backend_inline $(PY) -m papermill --cwd nbs --no-progress-bar --log-level ERROR \
 	    nbs/41_evaluate.ipynb runs/figures/41_evaluate.ipynb -p method $$m -p out_dir runs/figures -p size 128 -p per_bin 1 -p seed 3 && \
 	  cp runs/figures/rows.png figures/$$m.png || exit 1; done

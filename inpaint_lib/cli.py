@@ -60,9 +60,10 @@ def _fill_one(inpainter, image, mask, out, sketch=None):
 
 # %% ../nbs/34_cli.ipynb #2dc972c7
 def sketches(todo:list, sketch)->list:  # todo: what `pairs` returned; sketch: a path or None
-    "The sketch for each picture, or None. `InputError`: it is not there, or a folder beside a single picture"
+    "The sketch for each picture, or None. `InputError`: it is not there, or a folder without one of a picture's name"
     from inpaint_lib.core import InputError
     if sketch is None: return [None]*len(todo)
+    if not str(sketch): raise InputError("--sketch '': no file; expected a picture of bright lines, or a folder of them")
     sketch = Path(sketch)
     if not sketch.exists(): raise InputError(f'{sketch}: no such file; expected a picture of bright lines, or a folder of them')
     if not sketch.is_dir(): return [sketch]*len(todo)
@@ -196,6 +197,7 @@ def evaluate(args):
 
 # %% ../nbs/34_cli.ipynb #0c0d52d3
 FILES = {'edge_connect': ('EdgeModel_gen.pth', 'InpaintingModel_gen.pth'),   # official files of each method, in order
+         'structure_flow': ('net_s_gen.pth', 'net_f_gen.pth'),               # theirs begin with the iteration: 90000_net_s_gen.pth
          'context_encoder': ('netG.pth',), 'partial_conv': ('unet.pth',),   # or the names that their PyTorch ports give them
          'deepfill_v1': ('deepfill_v1.pth',), 'deepfill_v2': ('deepfill_v2.pth',)}   # any name: the layout is recognised
 

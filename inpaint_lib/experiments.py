@@ -161,7 +161,7 @@ def _complete(runs, self):
 def judge(lo:float, hi:float,    # interval of A - B
           *, margin:float, direction:int,  # as `verdict`
           seeds:int,             # that were trained
-          min_seeds:int=3,       # fewer decide nothing
+          min_seeds:int=3,       # fewer decide nothing; 1: about one network, not about a method
           trained:bool|None=None,  # have the networks learnt enough to be compared? None: not asked
          )->str:
     "'reproduced', 'not reproduced' or 'undecided'"
@@ -173,7 +173,8 @@ def ledger_row(claim:str, source:str, experiment:str,  # what is said, where, an
                measure:str, a, b,     # the measure's name; its values for A and B, [seed][picture], None = undefined
                *, margin:float, direction:int,  # stated before the runs
                seeds:int|None=None,   # None: as many as `a` has rows
-               level:float=.95, min_seeds:int=3,
+               level:float=.95,
+               min_seeds:int=3,       # as `judge`; kept in the row
                trained:bool|None=None,  # as `judge`; kept in the row unless None
                **common)->dict|None:  # more fields; None when fewer than two values are left
     "One row: A minus B with interval, pictures left out, and verdict. `InputError` for values of different shapes"
@@ -184,7 +185,7 @@ def ledger_row(claim:str, source:str, experiment:str,  # what is said, where, an
     said = judge(lo, hi, seeds=seeds, min_seeds=min_seeds, trained=trained, **rule)
     row = dict(claim=claim, source=source, experiment=experiment, measure=measure, value=value, interval=[lo, hi],
                level=level, means=[float(a[:, kept].mean()), float(b[:, kept].mean())], n=int(kept.sum()),
-               left_out=int((~kept).sum()), seeds=seeds, **rule, verdict=said)
+               left_out=int((~kept).sum()), seeds=seeds, min_seeds=min_seeds, **rule, verdict=said)
     return row | ({} if trained is None else dict(trained=bool(trained))) | common
 
 # %% ../nbs/15_experiments.ipynb #1a49a0cd

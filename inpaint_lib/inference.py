@@ -6,8 +6,8 @@
 __all__ = ['LOSSLESS', 'LOSSY', 'METHODS', 'upright', 'open_stored', 'settle', 'colours', 'paste_samples', 'paste', 'padded',
            'read_mask', 'read_sketch', 'run_fill', 'Result', 'Inpainter', 'check_suffix', 'save_result', 'Fill',
            'edge_connect', 'context_encoder', 'structural_inpainting', 'partial_conv', 'deepfill_v1', 'deepfill_v2',
-           'Method', 'check_options', 'header', 'lacks', 'weights_method', 'weights_stage', 'find_weights', 'available',
-           'load_inpainter']
+           'structure_flow', 'Method', 'check_options', 'header', 'lacks', 'weights_method', 'weights_stage',
+           'find_weights', 'available', 'load_inpainter']
 
 # %% ../nbs/31_inference.ipynb #a44f55b0
 import dataclasses, json, math, re, warnings
@@ -22,7 +22,7 @@ from torch import Tensor
 from .core import InputError, atomic_write, checkout, pick_device
 from .data.images import to_uint8
 from .data.masks import check_mask, load_mask
-from .papers import classical, context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, partial_conv as pc, structural_inpainting as si
+from .papers import classical, context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, partial_conv as pc, structural_inpainting as si, structure_flow as sf
 from .papers.edge_connect import EdgeGenerator, InpaintGenerator, fill
 from .training import load_weights
 
@@ -188,7 +188,7 @@ def read_sketch(sketch,     # path, PIL, numbers in [0,1] or uint8: (H,W), (1,H,
     s = torch.as_tensor(a).float()
     if s.ndim > 1: s = s.reshape(-1, 1, *s.shape[-2:])
     if s.ndim != 4 or len(s) not in (1, B) or s.shape[-2:] != (H, W) or not (s.min() >= 0 and s.max() <= 1):
-        raise InputError(f'{name} of shape {given}, values {a.min():g} to {a.max():g}, for pictures of {W} x {H}; '
+        raise InputError(f'{name} of shape {given}, values {a.min():g} to {a.max():g}, for pictures of shape ({H}, {W}); '
                          f'expected (H,W), the same size, values in [0,1]')
     if s.mean() > .5:
         warnings.warn(f'{name}: mostly bright, so taken for dark lines on white and turned round', stacklevel=3); s = 1 - s
@@ -208,7 +208,9 @@ def run_fill(fill,         # (image (B,3,H,W), mask (B,1,H,W)) -> dict with 'pre
     if not (known.isfinite().all() and known.min() >= 0 and known.max() <= 1):
         raise InputError(f'image: values from {known.min():.3g} to {known.max():.3g}; expected [0,1] and no NaN')
     known, *maps = (padded(t.float().to(device), multiple, smallest) for t in (known, hole, *guides))
-    return {k: v[..., :h, :w].float().cpu().clone() for k, v in fill(known, *maps).items()}
+    out = {k: v[..., :h, :w].float().cpu().clone() for k, v in fill(known, *maps).items()}
+    if not out['pred'].isfinite().all(): raise InputError('the method painted NaN or infinity; expected colours, so its weights are damaged or made for other data')
+    return out
 
 # %% ../nbs/31_inference.ipynb #5ffcd61d
 _NO_SKETCH = 'a sketch needs weights of recipe deepfill_v2.sketch, such as data/weights/deepfill_v2.sketch.safetensors of --method deepfill_v2'
@@ -224,7 +226,7 @@ def _guide(sketch, hole, above):
     "The sketch (B,1,H,W), with a warning when it says nothing about the hole of a picture"
     s = read_sketch(sketch, (len(hole), *hole.shape[-2:]))
     if not ((s > above) & hole).flatten(1).any(1).all():
-        warnings.warn(f'{_called(sketch)}: no line of the sketch lies in the hole (a line is above {above:g})', stacklevel=3)
+        warnings.warn(f'{_called(sketch)}: no line of the sketch lies in the hole (a line is above {above:g}; colours count by their brightness)', stacklevel=3)
     return s
 
 # %% ../nbs/31_inference.ipynb #255aca4f
@@ -278,7 +280,7 @@ def _write(image, tmp, suffix, path):
     try: im.save(tmp, format=Image.registered_extensions()[suffix], **_HOW.get(suffix, {}), **kept)
     except (OSError, ValueError, KeyError) as e:
         if getattr(e, 'errno', None): raise                                # a full disk is the disk's fault
-        raise InputError(f"{path}: {suffix} does not hold a picture {_kind(image)}; save it as .png or .tif, or in RGB") from None
+        raise InputError(f"{path}: {suffix} does not hold a picture {_kind(image)}; save it as .tif or in RGB") from None
 
 # %% ../nbs/31_inference.ipynb #f640db41
 def save_result(result,  # a `Result`, or its image
@@ -293,7 +295,7 @@ def save_result(result,  # a `Result`, or its image
     with atomic_write(path) as tmp:
         _write(image, tmp, suffix, path)
         if suffix in LOSSLESS and not _same(open_stored(tmp), image):
-            raise InputError(f'{path}: {suffix} does not keep a picture {_kind(image)}; save it as .png or .tif, or in RGB')
+            raise InputError(f'{path}: {suffix} does not keep a picture {_kind(image)}; save it as .tif or in RGB')
     return '' if suffix in LOSSLESS else f'{path}: JPEG is lossy, so pixels outside the hole changed too; .png keeps them'
 
 def _same(a, b):
@@ -383,12 +385,30 @@ def deepfill_v2(nets:dict, meta:dict, *, device, path='weights'):
     run = lambda image, mask, sketch=None: d2.fill(G, image, mask, sketch=sketch, threshold=c.sketch_threshold)
     return Fill(run, 8, _smallest(meta), takes_sketch=c.sketch, line_above=c.sketch_threshold)
 
+# %% ../nbs/31_inference.ipynb #d3e59ff4
+def structure_flow(nets:dict, meta:dict, *, device, path='weights', composite_structure=None, protocol='extended'):
+    """StructureFlow (Ren et al. 2019): a smoothed picture is completed first, then textures are fetched along a flow.
+    `composite_structure=False`: the second network gets the first one's whole output, as the published code hands it on;
+    `protocol='damaged'`: the known structure as that code computes it"""
+    c, first = _config(sf.StructureFlowConfig, meta, path), nets['structure'].get('input_layer.conv.weight_orig')
+    if first is None: raise InputError(f'{path}: no input_layer.conv.weight_orig among its tensors; expected a StructureFlow structure generator')
+    S = _filled(sf.StructureGen(first.shape[0]/64), nets['structure'], path).to(device)
+    G = _filled(sf.FlowGen(c.width, sampling=c.sampling), nets['flow'], path).to(device)
+    rtv = {k: getattr(c, k) for k in ('lam', 'sigma', 'sharpness', 'iterations')}
+    whole = c.composite_structure if composite_structure is None else composite_structure
+    return Fill(lambda image, mask: sf.fill(S, G, image, mask, composite_structure=whole, protocol=protocol, **rtv), 16, 48)
+
 # %% ../nbs/31_inference.ipynb #09ff630b
 def _classical(fill):
     "The builder of a filler without learning, with its options"
     def build(nets, meta, *, device, **options):
         return Fill(lambda image, mask: fill(image.cpu(), mask.cpu(), **options), 1, 1)
     return build
+
+# %% ../nbs/31_inference.ipynb #9bc52df7
+_train = lambda name: f'inpaint train {name} --preset tiny -p data_dir PHOTOS'
+_THREE_STAGES = (f"{_train('structure_flow.structure')}, the same with structure_flow.flow, then with structure_flow.joint "
+                 '-p checkpoints structure=RUN,flow=RUN')
 
 # %% ../nbs/31_inference.ipynb #11081f92
 @dataclasses.dataclass(frozen=True)
@@ -401,7 +421,6 @@ class Method:
     options:dict = dataclasses.field(default_factory=dict)   # what may be chosen when filling: name -> default
     sketch:str = ''   # recipe of its weights that take a sketch
 
-_train = lambda name: f'inpaint train {name} --preset tiny -p data_dir PHOTOS'
 METHODS = {
     'context_encoder': Method(context_encoder, 'Pathak et al. 2016, CVPR', ('generator',), _train('context_encoder')),
     'structural_inpainting': Method(structural_inpainting, 'Vo et al. 2018, arXiv 1803.10348', ('generator',), _train('structural_inpainting')),
@@ -409,6 +428,8 @@ METHODS = {
     'deepfill_v1': Method(deepfill_v1, 'Yu et al. 2018, arXiv 1801.07892', ('generator',), _train('deepfill_v1')),
     'deepfill_v2': Method(deepfill_v2, 'Yu et al. 2019, arXiv 1806.03589', ('generator',), _train('deepfill_v2'), sketch='deepfill_v2.sketch'),
     'edge_connect': Method(edge_connect, 'Nazeri et al. 2019, arXiv 1901.00212', ('edge', 'inpaint'), 'make demo', options=dict(composite_edges=True)),
+    'structure_flow': Method(structure_flow, 'Ren et al. 2019, arXiv 1908.03852', ('structure', 'flow'), _THREE_STAGES,
+                             options=dict(composite_structure=True, protocol='extended')),
     'copy_mean': Method(_classical(classical.copy_mean), 'no paper: the mean of the known pixels'),
     'telea': Method(_classical(classical.telea), 'Telea 2004 (OpenCV)', options=dict(radius=3.)),
     'navier_stokes': Method(_classical(classical.navier_stokes), 'Bertalmio et al. 2001 (OpenCV)', options=dict(radius=3.)),

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEEPFILL_LAYERS', 'LAYOUTS', 'OFFICIAL', 'IMPORTS', 'load_pickle', 'unwrap', 'old_spectral_names', 'leading_pair',
-           'complete', 'merge_alias', 'first_weight', 'edge_connect_width', 'from_unscaled', 'Layout',
-           'deepfill_layout', 'our_names', 'swap_colours', 'deepfill_network', 'power_step', 'Official', 'fit',
-           'from_official', 'import_edge_connect', 'import_context_encoder', 'import_partial_conv',
-           'import_deepfill_v1', 'import_deepfill_v2']
+           'complete', 'merge_alias', 'first_weight', 'edge_connect_width', 'from_unscaled', 'structure_flow_width',
+           'Layout', 'deepfill_layout', 'our_names', 'swap_colours', 'deepfill_network', 'power_step', 'Official',
+           'fit', 'from_official', 'import_edge_connect', 'import_structure_flow', 'import_context_encoder',
+           'import_partial_conv', 'import_deepfill_v1', 'import_deepfill_v2']
 
 # %% ../nbs/32_official.ipynb #14f8c197
-import dataclasses, math, pickle, re, warnings
+import dataclasses, math, pickle, re, tarfile, warnings, zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from .papers.deepfill_v1 import (ALLCONV, COARSE, PM_AFTER, PMCONV, XCONV, DeepF
 from .papers.deepfill_v2 import DeepFillV2Config, DeepFillV2Generator, SNPatchDiscriminator
 from .papers.edge_connect import Discriminator, EdgeConnectConfig, EdgeGenerator, InpaintGenerator
 from .papers.partial_conv import PartialConvConfig, PConvUNet
+from .papers.structure_flow import FlowGen, MultiDiscriminator, StructureFlowConfig, StructureGen
 from .training import save_weights
 
 # %% ../nbs/32_official.ipynb #f133aa3d
@@ -31,10 +33,11 @@ def load_pickle(path):  # a .pth file
     "What a checkpoint holds, read without running code of its own; `InputError` if missing, damaged or unsafe"
     path = Path(path)
     if not path.is_file(): raise InputError(f'{path}: no such file; expected a PyTorch checkpoint (.pth)')
+    if not _looks_right(path): raise InputError(f'{path}: not a PyTorch checkpoint (neither a zip archive nor a pickle); expected .pth')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')       # it announces foreign pickle protocols; we refuse them below
-            return torch.load(path, map_location='cpu', weights_only=True)
+            held = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         wants = re.search(r'GLOBAL (\S+)', str(e))
         why = f'it wants to run {wants[1]}' if wants else 'its pickle holds more than tensors'
@@ -42,6 +45,17 @@ def load_pickle(path):  # a .pth file
     except Exception as e:                        # torch has no error of its own for a damaged file
         why = str(e).split('. ')[0] or type(e).__name__
         raise InputError(f'{path}: not a readable PyTorch checkpoint, damaged or cut short ({why})') from None
+    if (part := _damaged(path)): raise InputError(f'{path}: damaged, the checksum of {part} is wrong; expected the file as it was published')
+    return held
+
+# %% ../nbs/32_official.ipynb #4154f6ad
+def _looks_right(path):
+    "Does the file begin as torch's do: a zip archive, a pickle, or (before 2018) a tar archive?"
+    with path.open('rb') as f: return f.read(1) in (b'\x80', b'P') or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+
+def _damaged(path):
+    "The part of a zip archive whose bytes do not fit their checksum, or '': torch does not look"
+    return (zipfile.ZipFile(path).testzip() or '') if zipfile.is_zipfile(path) else ''
 
 # %% ../nbs/32_official.ipynb #c74a10b2
 def unwrap(checkpoint:dict,  # what `load_pickle` returned, or a bare state dict
@@ -158,6 +172,20 @@ def _partial_conv_shape(sd):
 def _partial_conv(sd):
     sd = from_unscaled(sd)
     return PConvUNet(**_partial_conv_shape(sd)), sd
+
+# %% ../nbs/32_official.ipynb #c9a9be02
+def structure_flow_width(sd:dict)->float:
+    "Width of a StructureFlow network (1.0 = paper), told by the channels of its first layer"
+    for layer, ch in (('input_layer.conv', 64), ('conv_column.down_sample.0.0.conv', 32), ('model_1.model.0.conv', 64)):
+        if any(k.startswith(layer + '.weight') for k in sd): return first_weight(sd, layer).shape[0]/ch
+    raise InputError(f"no first layer of a StructureFlow network in this state dict (it begins with {', '.join(list(sd)[:3])})")
+
+def _structure_flow(make, layer=None):
+    def build(sd):
+        if layer: first_weight(sd, layer)                         # the right one of the three networks?
+        sn = {} if make is FlowGen else dict(use_spectral_norm=any(k.endswith('weight_orig') for k in sd))
+        return make(structure_flow_width(sd), **sn), sd
+    return build
 
 # %% ../nbs/32_official.ipynb #ef986a8e
 _CHAINS = {'coarse': COARSE, 'refine.xconv': XCONV, 'refine.pmconv': PMCONV, 'refine.pmconv_after': PM_AFTER,
@@ -330,6 +358,9 @@ OFFICIAL = {'edge_connect.edge_generator': Official(_edge_generator, 'generator'
             'edge_connect.inpaint_discriminator': Official(_discriminator(3), **_D),
             'context_encoder.generator': Official(_context_encoder, 'generator'),
             'partial_conv.unet': Official(_partial_conv, 'model'),
+            'structure_flow.structure_generator': Official(_structure_flow(StructureGen, 'input_layer.conv'), 'generator'),
+            'structure_flow.flow_generator': Official(_structure_flow(FlowGen, 'conv_column.down_sample.0.0.conv'), 'generator'),
+            'structure_flow.discriminator': Official(_structure_flow(MultiDiscriminator, 'model_1.model.0.conv'), 'discriminator'),
             'deepfill_v1.generator': Official(_deepfill_v1, 'G', _DEEPFILL),
             'deepfill_v2.generator': Official(_deepfill_v2, 'G', _DEEPFILL),
             'deepfill_v2.discriminator': Official(_deepfill_critic, 'D', ('channels',))}
@@ -386,17 +417,31 @@ def _read(name, path, checkpoint, **options):
     except InputError as e: raise InputError(f'{path}: {e}') from None
 
 # %% ../nbs/32_official.ipynb #e73f1abd
+def _import_two(method, paths, out, width, config, options):
+    "The import of a method whose two generators, of one width, lie in two files: part -> path"
+    files = {part: load_pickle(path) for part, path in paths.items()}
+    nets = {part: _read(f'{method}.{part}_generator', path, files[part], **options).state_dict() for part, path in paths.items()}
+    widths = {part: width(sd) for part, sd in nets.items()}
+    if len(set(widths.values())) > 1:
+        raise InputError(', '.join(f'{paths[part]} has width {w:g}' for part, w in widths.items()) + '; expected one width')
+    return _write(out, method, nets, config(width=widths.popitem()[1]), list(paths.values()), files.values())
+
 def import_edge_connect(edge,     # EdgeModel_gen.pth: the edge generator
                         inpaint,  # InpaintingModel_gen.pth: the image generator
                         out,      # the .safetensors file to write
                         **options)->dict:  # none known for these networks; returns the metadata
     "Write a weights file of this library from the two official ones of EdgeConnect; widths are read from the shapes"
-    files = dict(edge=load_pickle(edge), inpaint=load_pickle(inpaint))
-    nets = {part: _read(f'edge_connect.{part}_generator', path, files[part], **options).state_dict()
-            for part, path in (('edge', edge), ('inpaint', inpaint))}
-    widths = {part: edge_connect_width(sd) for part, sd in nets.items()}
-    if len(set(widths.values())) > 1: raise InputError(f'{edge} has width {widths["edge"]}, {inpaint} {widths["inpaint"]}; expected one width')
-    return _write(out, 'edge_connect', nets, EdgeConnectConfig(width=widths['edge']), (edge, inpaint), files.values())
+    return _import_two('edge_connect', dict(edge=edge, inpaint=inpaint), out, edge_connect_width, EdgeConnectConfig, options)
+
+# %% ../nbs/32_official.ipynb #47376e37
+def import_structure_flow(structure,  # ..._net_s_gen.pth: the structure generator
+                          flow,       # ..._net_f_gen.pth: the flow generator
+                          out,        # the .safetensors file to write
+                          **options)->dict:  # none known for these networks; returns the metadata
+    "Write a weights file of this library from the two official ones of StructureFlow; widths are read from the shapes"
+    paths = dict(structure=structure, flow=flow)
+    config = partial(StructureFlowConfig, composite_structure=False)    # their structure goes on as the network drew it
+    return _import_two('structure_flow', paths, out, structure_flow_width, config, options)
 
 # %% ../nbs/32_official.ipynb #750c50af
 def import_context_encoder(file,  # the port's generator: {'epoch', 'state_dict'} or the bare tensors
@@ -443,4 +488,4 @@ def import_deepfill_v2(file,  # a port's checkpoint: {'G', 'D', ...} or the bare
 
 # %% ../nbs/32_official.ipynb #04bba1dd
 IMPORTS = {'edge_connect': import_edge_connect, 'context_encoder': import_context_encoder, 'partial_conv': import_partial_conv,
-           'deepfill_v1': import_deepfill_v1, 'deepfill_v2': import_deepfill_v2}
+           'deepfill_v1': import_deepfill_v1, 'deepfill_v2': import_deepfill_v2, 'structure_flow': import_structure_flow}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .core import InputError, checkout, count_params, fingerprint, set_seed
 from .training import Recipe, TrainConfig, load_weights
-from .papers import context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, edge_connect as ec, partial_conv as pc, structural_inpainting as si
+from .papers import context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, edge_connect as ec, partial_conv as pc, structural_inpainting as si, structure_flow as sf
 
 # %% ../nbs/30_recipes.ipynb #b6e16afd
 @dataclasses.dataclass
@@ -67,11 +67,11 @@ def _ec_joint(config, nets, vgg):
     return recipe
 
 # %% ../nbs/30_recipes.ipynb #76641ecb
-def _one(recipe):
-    "A maker for recipes with one network"
+def _one(recipe, net='generator'):
+    "A maker for recipes with one network of their own, called `net`"
     def make(config, nets, vgg):
         made = recipe(config, **(dict(vgg=vgg) if vgg is not None else {}))
-        if 'generator' in nets: load_net(made.G, nets['generator'])
+        if net in nets: load_net(made.G, nets[net])
         return made
     return make
 
@@ -107,6 +107,18 @@ _EC = 'Nazeri et al. 2019, arXiv 1901.00212'
 _change = lambda preset, **config: {**preset, 'config': {**preset.get('config', {}), **config}}
 _ecp = dict(paper=dict(run=_LONG), tiny=_TINY)
 
+# %% ../nbs/30_recipes.ipynb #85fd7a57
+_SF = 'Ren et al. 2019, ICCV, arXiv 1908.03852'
+_sfp = dict(paper=dict(config={}, run={k: v for k, v in _LONG.items() if 'plateau' not in k}, data=dict(size=256, masks='irregular')),
+            tiny=dict(config=dict(width=.125, lr=5e-4), run=dict(_SHORT, steps=300), data=dict(size=64)))
+_AT_64 = dict(size=64, multiple=16)
+_NO_STYLE = dict(fixed=dict(content_layers=(), style_layers=(), lambda_perc=0., lambda_style=0.), **_AT_64)
+
+def _sf_joint(config, nets, vgg):
+    S = sf.StructureGen(nets['structure'].config.get('width', config.width)); load_net(S, nets['structure'])
+    recipe = sf.JointRecipe(config, structure_generator=S, vgg=vgg); load_net(recipe.G, nets['flow'])
+    return recipe
+
 # %% ../nbs/30_recipes.ipynb #2bd5ccc6
 RECIPES = {
     'edge_connect.edge': Stage(_ec_edge, _EC + ', sec. 3.1', ec.EdgeConnectConfig, _ecp, takes=('edge',)),
@@ -120,8 +132,7 @@ RECIPES = {
     'context_encoder.center': Stage(_one(ce.ContextEncoderRecipe), _CE, ce.ContextEncoderConfig, _at_128(_cep, 'context_encoder'), **_CENTER),
     'structural_inpainting': Stage(_one(si.StructuralInpaintingRecipe), _SI, si.StructuralInpaintingConfig,
                                    _at_128(_sip, 'random_region'), vgg=True, **_RANDOM),
-    'structural_inpainting.center': Stage(_one(si.StructuralInpaintingRecipe), _SI, si.StructuralInpaintingConfig,
-                                          _at_128(_sip, 'context_encoder'), vgg=True, **_CENTER),
+    'structural_inpainting.center': Stage(_one(si.StructuralInpaintingRecipe), _SI, si.StructuralInpaintingConfig, _at_128(_sip, 'context_encoder'), vgg=True, **_CENTER),
     'partial_conv': Stage(_one(pc.PartialConvRecipe), _PC, pc.PartialConvConfig, _pcp, vgg=True, size=64, fixed=dict(freeze_bn=False), **_OWN),
     'partial_conv.finetune': Stage(_one(pc.PartialConvRecipe), _PC, pc.PartialConvConfig,
         {'paper': _change(_pcp['paper'], lr=5e-5), 'tiny': _change(_pcp['tiny'], lr=2.5e-4)}, vgg=True, needs=('generator',), size=64,
@@ -129,6 +140,9 @@ RECIPES = {
     'deepfill_v1': Stage(_one(d1.DeepFillV1Recipe), _D1, d1.DeepFillV1Config, _d1p, size=64, multiple=8, **_OWN),
     'deepfill_v2': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, multiple=8, fixed=dict(sketch=False), **_OWN),
     'deepfill_v2.sketch': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, multiple=8, fixed=dict(sketch=True), **_OWN),
+    'structure_flow.structure': Stage(_one(sf.StructureRecipe, 'structure'), _SF, sf.StructureFlowConfig, _sfp, takes=('structure',), **_AT_64),
+    'structure_flow.flow': Stage(_one(sf.FlowRecipe, 'flow'), _SF, sf.StructureFlowConfig, _sfp, takes=('flow',), vgg=True, **_NO_STYLE),
+    'structure_flow.joint': Stage(_sf_joint, _SF, sf.StructureFlowConfig, _sfp, needs=('structure', 'flow'), vgg=True, **_AT_64),
 }
 
 # %% ../nbs/30_recipes.ipynb #869c4cc0
@@ -173,15 +187,15 @@ def shorten(config, layers:str, preset:str)->tuple:
     unknown = sorted(set(keep) - set(used))
     if unknown: raise InputError(f"vgg_layers: '{unknown[0]}' is used by no loss; expected some of {', '.join(used)}")
     short = {name: tuple(k for k in given if k in keep) for name, given in fields.items()}
-    empty = [name for name, left in short.items() if not left]
+    empty = [name for name, left in short.items() if fields[name] and not left]
     if preset == 'paper' and empty:
         raise InputError(f"vgg_layers '{layers}' leaves {empty[0]} without a layer; preset 'paper' needs at least one of {', '.join(fields[empty[0]])}")
     return dataclasses.replace(config, **short), f'VGG losses shortened to {layers}'
 
 # %% ../nbs/30_recipes.ipynb #fbdc7eb3
 def uses_vgg(config)->bool:
-    "Does a weight above 0 ask for features? They are called lambda_perc, lambda_style..., lambda_feat"
-    names = ('lambda_perc', 'lambda_style', 'lambda_feat')
+    "Does a weight above 0 ask for features? They are called lambda_perc, lambda_style..., lambda_feat, lambda_correctness"
+    names = ('lambda_perc', 'lambda_style', 'lambda_feat', 'lambda_correctness')
     return any(getattr(config, f.name) > 0 for f in dataclasses.fields(config) if f.name.startswith(names))
 
 # %% ../nbs/30_recipes.ipynb #7c6a5be8
@@ -295,6 +309,7 @@ class TrainParameters(RunParameters):
     test_dir:str = 'builtin'   # where the sample rows' pictures come from: never trained on
     mask_dir:str = ''          # folder of mask files, for masks=irregular or files
     edge_dir:str = ''          # folder of external edge maps (HED), one per picture, same names
+    structure_dir:str = ''     # folder that keeps the smoothed photographs (StructureFlow): made once, at the files' own size; '' = crops are smoothed
     out_dir:str = ''           # where everything goes; '' = a temporary folder
     checkpoints:str = ''       # networks of earlier stages: 'edge=PATH,inpaint=PATH'
     resume:str = 'auto'        # auto: go on from out_dir's checkpoint; never: refuse a folder that holds one
@@ -394,6 +409,7 @@ def build_run(p:TrainParameters)->tuple:
     given = lambda *names, none=(0, -1, ''): {k: getattr(p, k) for k in names if getattr(p, k) not in none}
     stage = _choose(RECIPES, p.recipe, 'recipe')
     config = parse_options(p.options, stage.config)
+    if p.structure_dir and not hasattr(stage.config, 'lam'): raise InputError(f"structure_dir is '{p.structure_dir}', but {p.recipe} knows no structures; expected ''")
     if stage.vgg: config |= dict(vgg_weights=p.vgg_weights if p.vgg_weights in ('auto', 'none') else str(rooted(p.vgg_weights)))
     run = given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,))
     run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights')}

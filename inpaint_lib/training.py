@@ -292,11 +292,17 @@ def load_checkpoint(up:Updater, path):
     up.seconds, up.skipped = state['seconds'], dict.fromkeys(state['skipped'])
 
 # %% ../nbs/14_training.ipynb #b8946920
+def _check_finite(tensors, path):
+    "`InputError` names the first tensor with NaN or infinity: a damaged file would fill holes with black"
+    for k, v in tensors.items():
+        if not v.isfinite().all(): raise InputError(f'{path}: tensor {k} holds NaN or infinity; expected finite numbers')
+
 def save_weights(path, nets:dict, meta:dict, *, dtype=None):
-    "`nets`: name -> state_dict; `meta`: JSON values (method, recipe, config, ...); `dtype` converts floating tensors"
+    "`nets`: name -> state_dict; `meta`: JSON values (method, recipe, config, ...); `dtype` converts floating tensors. `InputError`: NaN"
     from safetensors.torch import save_file
     cast = lambda v: v.to(dtype) if dtype and v.is_floating_point() else v
     tensors = {f'{n}.{k}': cast(v.detach().cpu()).contiguous().clone() for n, sd in nets.items() for k, v in sd.items()}
+    _check_finite(tensors, path)
     with atomic_write(path) as tmp: save_file(tensors, tmp, metadata={'inpaint_lib': json.dumps(dict(meta, format=FORMAT))})
 
 # %% ../nbs/14_training.ipynb #e2023272
@@ -310,6 +316,7 @@ def load_weights(path)->tuple:
         raise InputError(f'{path}: not a readable weights file ({str(e)[:80]}); expected .safetensors') from None
     found = meta.get('format') if isinstance(meta, dict) else None
     if found != FORMAT or not all('.' in k for k in tensors): raise InputError(f'{path}: weights format {found}, expected {FORMAT}, written by inpaint_lib')
+    _check_finite(tensors, path)
     nets = {}
     for k, v in tensors.items():
         net, key = k.split('.', 1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAP', 'TITLE', 'LABEL', 'KNOWN', 'HALLUCINATED', 'NOT_TERMS', 'encode', 'Picture', 'to_picture', 'image_rows',
-           'image_row', 'to_grid', 'edge_overlay', 'offset_colours', 'colour_wheel', 'arrows', 'heat', 'read_records',
-           'running_mean', 'plot_curves', 'save_figure']
+           'image_row', 'to_grid', 'edge_overlay', 'offset_colours', 'colour_wheel', 'arrows', 'arrow_picture',
+           'principal_colours', 'heat', 'read_records', 'running_mean', 'plot_curves', 'save_figure']
 
 # %% ../nbs/05_viz.ipynb #b1683785
 import base64, io, json, math
@@ -178,6 +178,60 @@ def arrows(picture,            # (3,H,W), as `to_picture` takes it
     fig.axes[0].quiver((x + .5)*W/w - .5, (y + .5)*H/h - .5, dx*W/w, dy*H/h, color=unit, angles='xy', ec='k', lw=.4,
                        scale_units='xy', scale=1, width=.012)
     return fig
+
+# %% ../nbs/05_viz.ipynb #8b25309b
+def arrow_picture(picture:Tensor,  # (B,3,H,W) in [0,1]
+                  offsets:Tensor,  # (B,2,h,w) displacement (rows, columns) in cells; H/h pixels make a cell
+                  where=None,      # (B,1,h,w): arrows start at cells that are not 0 (everywhere)
+                  *, step=4,       # every `step`-th row and column of cells
+                 )->Tensor:        # (B,3,H,W) in [0,1]
+    "Arrows drawn into pictures, each from a cell to the place it was copied from; a cell that stays is a dot"
+    (H, W), (h, w) = picture.shape[-2:], offsets.shape[-2:]
+    if len(offsets) != len(picture) or where is not None and where.shape != (len(picture), 1, h, w):
+        raise InputError(f'offsets {tuple(offsets.shape)}, where {None if where is None else tuple(where.shape)}; '
+                         f'expected ({len(picture)},2,h,w) and ({len(picture)},1,h,w)')
+    bright = .3 + .7*offset_colours(offsets, radius=1e-6).cpu()
+    cell, out = offsets.new_tensor([H/h, W/w]).double().cpu(), []
+    for n, d in enumerate(offsets.detach().cpu().double()):
+        at = _starts(torch.ones(h, w) if where is None else where[n, 0].detach().cpu(), step)
+        start = (at + .5)*cell - .5
+        ink, cover = _drawn(start, start + d[:, at[:, 0], at[:, 1]].T*cell, bright[n][:, at[:, 0], at[:, 1]].T, (H, W))
+        out.append(picture[n].detach().float().clamp(0, 1)*(1 - cover.to(picture.device)) + ink.to(picture.device))
+    return torch.stack(out)
+
+# %% ../nbs/05_viz.ipynb #255e79af
+def _starts(where, step):
+    "Cells (n,2) of `where` on a grid of every `step`-th row and column; all of them if the grid misses"
+    grid = torch.zeros_like(where); grid[step//2::step, step//2::step] = 1
+    some = ((where > 0) & (grid > 0)).nonzero()
+    return some if len(some) else (where > 0).nonzero()
+
+def _drawn(start, end, colours, size):
+    "Arrows as colour (3,H,W), already times its cover, and cover (1,H,W): black rims first, lines above them"
+    import cv2
+    ink, cover, thick = np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8), max(1, round(max(size)/300))
+    for image, extra in ((cover, 2), (ink, 0)):
+        for p, q, c in zip(start.numpy(), end.numpy(), colours.numpy()*255):
+            a, b = ((x[::-1].clip(-2000, 2000 + max(size))*16).round().astype(int).tolist() for x in (p, q))
+            tip = min(.5, 4*thick/max(np.hypot(*(q - p)), 1e-9))
+            cv2.arrowedLine(image, a, b, 255 if extra else c.tolist(), thick + extra, cv2.LINE_AA, 4, tip)
+    return torch.tensor(ink).movedim(-1, 0)/255, torch.tensor(cover)[None]/255
+
+# %% ../nbs/05_viz.ipynb #7269bc39
+def principal_colours(x:Tensor,  # (B,C,h,w) features
+                     )->Tensor:  # (B,3,h,w) in [0,1]
+    "The first three principal components of each picture's features as red, green, blue; `InputError` for NaN"
+    if not x.isfinite().all(): raise InputError(f'features of shape {tuple(x.shape)} hold NaN or infinity')
+    rows = x.detach().float().flatten(2).mT                                   # (B,h*w,C)
+    rows = rows - rows.mean(1, keepdim=True)
+    power, axes = torch.linalg.eigh((rows.mT @ rows).cpu().double())          # ascending
+    axes = axes.flip(-1)[..., :3]
+    axes = axes*axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    y = torch.nn.functional.pad(rows @ axes.to(rows), (0, 3 - axes.shape[-1]))  # fewer than three channels
+    low, high = (torch.quantile(y.cpu(), q, dim=1, keepdim=True).to(y) for q in (.01, .99))
+    spread = high - low; seen = spread > 1e-4*spread.amax(-1, keepdim=True)
+    y = torch.where(seen, (y - low)/spread.where(seen, torch.ones_like(spread)), .5).clamp(0, 1)
+    return y.mT.unflatten(2, x.shape[-2:])
 
 # %% ../nbs/05_viz.ipynb #8d3f78db
 def heat(x:Tensor,    # (B,1,H,W) in [0,1]

@@ -117,6 +117,7 @@ def test_a_picture_without_mask_is_named(files, weights, run):
     (('import', 'edge_connect', 'a', 'b', '--out', 'w.pth'), 'ends in .safetensors'),
     (('import', 'edge_connect', 'none.pth', 'b', '--out', 'w.safetensors'), 'none.pth: no such file'),
     (('import', 'deepfill_v2', 'a', 'b', '--out', 'w.safetensors'), '2 files; expected 1'),
+    (('import', 'structure_flow', 'a', '--out', 'w.safetensors'), '1 files; expected 2: net_s_gen.pth net_f_gen.pth'),
     (('import', 'deepfill_v2', 'a', '--out', 'w.safetensors', '--option', 'bgr'), '--option bgr: expected NAME=VALUE'),
 ])
 def test_mistakes_are_one_line(argv, message, files, weights, run, monkeypatch):

@@ -194,9 +194,11 @@ def test_ledger_row_follows_the_rule():
     assert rows(.1, seeds=2, min_seeds=2)['verdict'] == rows(.1, trained=True)['verdict'] == 'reproduced'
     r = rows(.1, level=.9, budget='b', device='cpu')
     assert list(r) == ['claim', 'source', 'experiment', 'measure', 'value', 'interval', 'level', 'means', 'n', 'left_out', 'seeds',
-                       'margin', 'direction', 'verdict', 'budget', 'device'] and (r['n'], r['left_out'], r['seeds']) == (30, 0, 3)
+                       'min_seeds', 'margin', 'direction', 'verdict', 'budget', 'device'] and (r['n'], r['left_out'], r['seeds']) == (30, 0, 3)
     wide = rows(.1, level=.99)['interval']; assert wide[0] < r['interval'][0] < r['value'] < r['interval'][1] < wide[1]
     assert r['means'][0] - r['means'][1] == pytest.approx(r['value']) and rows(.1, trained=True)['trained'] is True
+    assert r['min_seeds'] == 3 and [rows(.1, seeds=1, min_seeds=m)['verdict'] for m in (1, 3)] == ['reproduced', 'undecided']
+    assert rows(.1, seeds=1, min_seeds=1)['min_seeds'] == 1                 # about one network: the row says so
     json.dumps(r, allow_nan=False)
 
 
@@ -228,11 +230,31 @@ def test_publish_and_read(tmp_path):
         (tmp_path/'x.json').write_text(text); assert 'not a ledger' in refused(ex.read_ledger, 'x', tmp_path)
 
 
-@pytest.mark.parametrize('path', sorted((ROOT/'figures').glob('ablation_*.json')) + sorted((ROOT/'figures').glob('claims_*.json')), ids=lambda p: p.stem)
+LEDGERS = [p for p in sorted((ROOT/'figures').glob('*.json')) if isinstance(json.loads(p.read_text()), list)]
+ONE_NETWORK = ('seams_', 'sketch_', 'protocols_')       # statements about one trained network, over photographs
+
+
+@pytest.mark.parametrize('path', LEDGERS, ids=lambda p: p.stem)
 def test_committed_ledgers_follow_the_rule(path):
     found = ex.read_ledger(path.stem)
-    need = {'claim', 'source', 'experiment', 'measure', 'value', 'interval', 'n', 'seeds', 'budget', 'device', 'verdict', 'deviations'}
+    need = {'claim', 'source', 'experiment', 'measure', 'value', 'interval', 'n', 'seeds', 'min_seeds', 'verdict'}
+    about_methods = not path.stem.startswith(ONE_NETWORK)
+    if about_methods: need |= {'budget', 'device', 'deviations'}
     assert found and all(need <= set(r) for r in found)
     for r in found:
+        assert r['min_seeds'] == (3 if about_methods else 1) <= r['seeds']
         if 'margin' in r:
-            assert r['verdict'] == ex.judge(*r['interval'], margin=r['margin'], direction=r['direction'], seeds=r['seeds'], trained=r.get('trained'))
+            rule = {k: r[k] for k in ('margin', 'direction', 'seeds', 'min_seeds')}
+            assert r['verdict'] == ex.judge(*r['interval'], trained=r.get('trained'), **rule)
+        else: assert (r['verdict'], r['trained']) == ('undecided', False)
+
+
+def test_committed_ledgers_are_found():
+    assert {p.stem.split('_')[0] for p in LEDGERS} >= {'ablation', 'claims', 'seams', 'sketch'}
+
+
+@pytest.mark.parametrize('stem, weights', [('seams_deepfill_v1', 'deepfill_v1'), ('sketch_deepfill_v2', 'deepfill_v2.sketch')])
+def test_ledgers_of_one_network_name_the_weights_that_ship(stem, weights):
+    file = ex.file_id(ROOT/'data'/'weights'/f'{weights}.safetensors')
+    named = {(r['settings'] if 'settings' in r else r)['weights'].split()[-1] for r in ex.read_ledger(stem)}
+    assert named == {file.split()[-1]}

@@ -326,7 +326,7 @@ def test_options_of_a_method(tmp_path):
         with pytest.raises(InputError, match=re.escape(says)): load_inpainter('edge_connect', path, 'cpu', **wrong)
 
 
-RECIPE = {m: m for m in ('context_encoder', 'structural_inpainting', 'partial_conv', 'deepfill_v1', 'deepfill_v2')}
+RECIPE = {m: m for m in ('context_encoder', 'structural_inpainting', 'partial_conv', 'deepfill_v1', 'deepfill_v2')} | dict(structure_flow='structure_flow.joint')
 
 
 @pytest.fixture(scope='module')

@@ -10,10 +10,12 @@ import torch
 
 from inpaint_lib.core import InputError
 from inpaint_lib.official import (IMPORTS, OFFICIAL, from_official, import_context_encoder, import_deepfill_v1,
-                                  import_deepfill_v2, import_edge_connect, import_partial_conv, load_pickle, unwrap)
+                                  import_deepfill_v2, import_edge_connect, import_partial_conv, import_structure_flow,
+                                  load_pickle, unwrap)
 from inpaint_lib.papers.context_encoder import ContextEncoder
 from inpaint_lib.papers.deepfill_v1 import DeepFillV1Generator
 from inpaint_lib.papers.edge_connect import Discriminator, EdgeGenerator, InpaintGenerator
+from inpaint_lib.papers.structure_flow import FlowGen, MultiDiscriminator, StructureGen
 from inpaint_lib.training import load_weights
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -156,7 +158,7 @@ def test_pickles_that_want_to_run_code_and_damaged_ones(tmp_path):
     torch.save({'generator': torch.ones(999)}, tmp_path/'cut.pth')
     (tmp_path/'cut.pth').write_bytes((tmp_path/'cut.pth').read_bytes()[:900])
     (tmp_path/'empty.pth').write_bytes(b''); (tmp_path/'text.pth').write_text('hello, world')
-    expected = {'evil': 'refused, it wants to run', 'raw': 'refused', 'cut': 'cut short', 'empty': 'cut short', 'text': 'cut short',
+    expected = {'evil': 'refused, it wants to run', 'raw': 'refused', 'cut': 'cut short', 'empty': 'not a PyTorch checkpoint', 'text': 'not a PyTorch checkpoint',
                 'none': 'no such file'}
     for name, message in expected.items():
         with pytest.raises(InputError, match=message) as e: load_pickle(tmp_path/f'{name}.pth')
@@ -173,7 +175,7 @@ def test_two_official_files_into_one_of_ours(tmp_path):
     assert (meta['method'], meta['recipe'], meta['config']['width'], meta['steps']) == ('edge_connect', 'official', 1/8, 6)
     for net, sd in ((G1, nets['edge']), (G2, nets['inpaint'])): assert all(torch.equal(v, sd[k]) for k, v in net.state_dict().items())
     torch.save(InpaintGenerator(width=1/16).state_dict(), tmp_path/'other.pth')
-    with pytest.raises(InputError, match='expected one width'): import_edge_connect(tmp_path/'e.pth', tmp_path/'other.pth', tmp_path/'x')
+    with pytest.raises(InputError, match='e.pth has width 0.125, .*other.pth has width 0.0625; expected one width'): import_edge_connect(tmp_path/'e.pth', tmp_path/'other.pth', tmp_path/'x')
     with pytest.raises(InputError, match='i.pth: edge_connect.edge_generator'): import_edge_connect(tmp_path/'i.pth', tmp_path/'e.pth', tmp_path/'x')
     assert not (tmp_path/'x').exists()
 
@@ -532,3 +534,122 @@ def test_deepfill_import_refuses(tmp_path):
     with pytest.raises(InputError, match="no option 'channels'; known: none"):
         import_context_encoder(tmp_path/'v1.pth', tmp_path/'x', channels='bgr')
     assert not (tmp_path/'x').exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- StructureFlow
+
+SF = {'structure_generator': ('StructureGen', 'hash_train1', 7), 'flow_generator': ('FlowGen', 'hash_eval', 7),
+      'discriminator': ('MultiDiscriminator', 'hash_train1', 3)}
+
+
+def recorded_flow(name): return json.loads((GOLDEN/'structure_flow_networks.json').read_text())[SF[name][0]]
+
+
+def outputs(name, net, x):
+    "Every output of a StructureFlow network, as a list in the order of the record"
+    with torch.no_grad(): y = net(x)
+    return [y] if isinstance(y, torch.Tensor) else list(y)
+
+
+@pytest.mark.parametrize('name', SF)
+def test_recorded_structure_flow(name):
+    "One training forward (with its power step), or one evaluation, of all parameters in float64"
+    record, (_, run, in_ch) = recorded_flow(name), SF[name]
+    sd = fill({k: s for k, s, _ in record['state_dict']})
+    net = from_official(f'structure_flow.{name}', sd)
+    assert sum(p.numel() for p in net.parameters()) == record['n_params'] and next(net.parameters()).dtype == torch.float64
+    assert sorted(net.state_dict()) == record['sorted_keys'] == sorted(sd)
+    run = record['runs'][run]
+    expected = run.get('outputs') or [run[k] for k in ('output', 'image', 'flow') if k in run]
+    found = outputs(name, net.train('train' in SF[name][1]), sine((1, in_ch, 128, 128), 0., 1.))
+    for y, g in zip(found, expected, strict=True):
+        assert list(y.shape) == g['shape'] and gap(y, g) < 1e-9
+        assert abs(float(y.mean()) - g['mean']) < 1e-9 and abs(float(y.std(correction=0)) - g['std']) < 1e-9
+
+
+SF_SMALL = {'structure_generator': StructureGen, 'flow_generator': FlowGen, 'discriminator': MultiDiscriminator}
+SF_INPUT = {'structure_generator': 7, 'flow_generator': 7, 'discriminator': 3}
+
+
+@pytest.mark.parametrize('name', SF)
+@pytest.mark.parametrize('how', [dict(), dict(new_names=True), dict(prefix='module.'), dict(wrapper='PART'),
+                                 dict(new_names=True, prefix='module.module.', wrapper='state_dict')], ids=str)
+def test_every_disguise_of_structure_flow(name, how):
+    torch.manual_seed(0)
+    net, x = SF_SMALL[name](width=1/16).eval(), torch.rand(1, SF_INPUT[name], 64, 64)
+    if how.get('wrapper') == 'PART': how = how | dict(wrapper=OFFICIAL[f'structure_flow.{name}'].part)
+    back = from_official(f'structure_flow.{name}', disguise(net.state_dict(), **how)).eval()
+    assert all(torch.equal(a, b) for a, b in zip(outputs(name, back, x), outputs(name, net, x), strict=True))
+
+
+def test_structure_flow_without_spectral_norm_and_without_its_vectors():
+    torch.manual_seed(0)
+    G, x = StructureGen(width=1/16, use_spectral_norm=False).eval(), torch.rand(1, 7, 16, 16)
+    back = from_official('structure_flow.structure_generator', G.state_dict()).eval()
+    assert torch.equal(outputs('', back, x)[0], outputs('', G, x)[0]) and not any('orig' in k for k in back.state_dict())
+    normed = StructureGen(width=1/16).double().eval()
+    sd = {k: v for k, v in normed.state_dict().items() if not k.endswith('weight_u')}
+    with pytest.warns(UserWarning, match='spectral vectors of 9 layers'): back = from_official('structure_flow.structure_generator', sd)
+    for _ in range(300): outputs('', normed.train(), x.double())                                  # u and v converge
+    assert float((outputs('', back.eval(), x.double())[0] - outputs('', normed.eval(), x.double())[0]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize('name, other, message', [
+    ('structure_generator', 'flow_generator', r'no input_layer.conv.weight in this state dict \(it begins with flow_column'),
+    ('flow_generator', 'structure_generator', r'no conv_column.down_sample.0.0.conv.weight'),
+    ('discriminator', 'structure_generator', r'no model_1.model.0.conv.weight')])
+def test_one_structure_flow_network_for_another(name, other, message):
+    with pytest.raises(InputError, match=message) as e: from_official(f'structure_flow.{name}', SF_SMALL[other](width=1/16).state_dict())
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name', SF)
+@pytest.mark.parametrize('tensor', [torch.tensor(1.), torch.ones(4), torch.ones(0, 7, 7, 7)], ids=lambda t: str(tuple(t.shape)))
+def test_misshapen_first_layers_of_structure_flow(name, tensor):
+    sd = SF_SMALL[name](width=1/16).state_dict()
+    first = next(k for k in sd if k.startswith(('input_layer.conv.weight', 'conv_column.down_sample.0.0.conv.weight', 'model_1.model.0.conv.weight'))
+                 and k.endswith(('weight', 'weight_orig')))
+    with pytest.raises(InputError, match='has the shape'): from_official(f'structure_flow.{name}', sd | {first: tensor})
+    with pytest.raises(InputError, match='no option'): from_official(f'structure_flow.{name}', sd, channels='bgr')
+    del sd[[k for k in sd if k.endswith('.conv.bias')][-1]]
+    with pytest.raises(InputError, match='1 missing'): from_official(f'structure_flow.{name}', sd)
+
+
+def test_structure_flow_import_then_fill(tmp_path):
+    "Two official files in one of ours, which holds what it takes to rebuild both networks, and fills"
+    from inpaint_lib.inference import load_inpainter
+    torch.manual_seed(0)
+    S, G = StructureGen(width=1/16), FlowGen(width=1/16)
+    torch.save(disguise(S.state_dict(), prefix='module.'), tmp_path/'5_net_s_gen.pth')
+    torch.save(disguise(G.state_dict(), wrapper='generator'), tmp_path/'5_net_f_gen.pth')
+    meta = import_structure_flow(tmp_path/'5_net_s_gen.pth', tmp_path/'5_net_f_gen.pth', tmp_path/'w.safetensors')
+    nets, read = load_weights(tmp_path/'w.safetensors')
+    assert read == json.loads(json.dumps(meta)) and (meta['method'], meta['recipe'], meta['iterations']) == ('structure_flow', 'official', {'flow': 3})
+    assert read['config']['composite_structure'] is False                                         # as the published code runs
+    assert read['config']['width'] == 1/16 and read['source'] == ['5_net_s_gen.pth', '5_net_f_gen.pth']
+    for net, part in ((S, 'structure'), (G, 'flow')): assert all(torch.equal(v, nets[part][k]) for k, v in net.state_dict().items())
+    image, mask = torch.rand(3, 70, 90), torch.zeros(70, 90, dtype=torch.bool); mask[20:50, 30:60] = True
+    filled = load_inpainter('structure_flow', tmp_path/'w.safetensors', 'cpu')(image, mask).image
+    assert torch.equal(filled[:, ~mask], image[:, ~mask]) and not torch.equal(filled, image)
+
+
+def test_structure_flow_import_refuses(tmp_path):
+    for name, net in (('s', StructureGen(1/16)), ('f', FlowGen(1/16)), ('wide', FlowGen(1/8))): torch.save(net.state_dict(), tmp_path/f'{name}.pth')
+    s, f, wide, out = (tmp_path/n for n in ('s.pth', 'f.pth', 'wide.pth', 'x.safetensors'))
+    with pytest.raises(InputError, match='f.pth: no input_layer'): import_structure_flow(f, s, out)
+    with pytest.raises(InputError, match='s.pth has width 0.0625, .*wide.pth has width 0.125; expected one width'): import_structure_flow(s, wide, out)
+    with pytest.raises(InputError, match='none.pth: no such file'): import_structure_flow(s, tmp_path/'none.pth', out)
+    with pytest.raises(InputError, match="no option 'channels'; known: none"): import_structure_flow(s, f, out, channels='bgr')
+    assert not out.exists()
+
+
+def test_flipped_bytes_and_nan_never_become_weights(tmp_path):
+    "torch.load looks at no checksum, and a network with NaN would fill holes with black"
+    torch.save({'generator': torch.ones(999)}, tmp_path/'whole.pth'); whole = (tmp_path/'whole.pth').read_bytes()
+    (tmp_path/'flipped.pth').write_bytes(whole.replace(bytes(torch.ones(999).numpy())[:400], bytes(400), 1))
+    with pytest.raises(InputError, match='the checksum of .* is wrong'): load_pickle(tmp_path/'flipped.pth')
+    assert load_pickle(tmp_path/'whole.pth')['generator'].sum() == 999
+    sd = EdgeGenerator(width=1/8).state_dict(); sd['decoder.7.weight'] = sd['decoder.7.weight']*float('nan')
+    torch.save(sd, tmp_path/'e.pth'); torch.save(InpaintGenerator(width=1/8).state_dict(), tmp_path/'i.pth')
+    with pytest.raises(InputError, match='holds NaN or infinity'): import_edge_connect(tmp_path/'e.pth', tmp_path/'i.pth', tmp_path/'w.safetensors')
+    assert not (tmp_path/'w.safetensors').exists()

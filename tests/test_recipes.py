@@ -21,7 +21,8 @@ def nets(tmp_path_factory):
     "name of a needed network -> a file that holds it"
     d = tmp_path_factory.mktemp('nets')
     ec = save_tiny(d/'ec.safetensors', width=.25)
-    return dict(edge=ec, inpaint=ec, generator=None, d=d)
+    sf = {n: save_untrained(d/f'{n}.safetensors', f'structure_flow.{n}') for n in ('structure', 'flow')}
+    return dict(edge=ec, inpaint=ec, generator=None, d=d) | sf
 
 
 @pytest.mark.parametrize('preset', ['smoke', 'tiny'])
@@ -29,7 +30,7 @@ def nets(tmp_path_factory):
 def test_every_recipe_builds_and_makes_one_step(name, preset, nets):
     stage = recipes.RECIPES[name]
     given = {n: nets[n] or save_untrained(nets['d']/'pc.safetensors', 'partial_conv') for n in stage.needs}
-    config = without_vgg(name) | (dict(width=1/16) if 'generator' in given else {})
+    config = without_vgg(name) | (dict(width=1/16) if {'generator', 'flow'} & given.keys() else {})
     recipe, run, data = recipes.build(name, preset, config=config, checkpoints=given)
     assert recipe.name == name and sum(map(count_params, recipe.generators().values())) <= 1_500_000
     assert (preset == 'smoke') == (run.steps == 12)
@@ -78,7 +79,7 @@ def test_changes_to_the_preset_are_deviations():
     assert not any('preset' in d for d in recipes.build('context_encoder')[0].deviations)
 
 
-@pytest.mark.parametrize('name, size', [('deepfill_v1', 60), ('deepfill_v2.sketch', 100)])
+@pytest.mark.parametrize('name, size', [('deepfill_v1', 60), ('deepfill_v2.sketch', 100), ('structure_flow.flow', 72)])
 def test_sizes_that_no_network_of_the_recipe_takes(name, size):
     with pytest.raises(InputError, match=f'size is {size}; {name} expects a multiple of') as e: recipes.build(name, data=dict(size=size))
     assert '\n' not in str(e.value)
@@ -101,13 +102,15 @@ def test_the_centre_holes_overlap_is_the_recipes():
     assert recipes.build('context_encoder')[2].mask_options == {}
 
 
-@pytest.mark.parametrize('name, killed', [('structural_inpainting', 2), ('structural_inpainting', 3), ('context_encoder', 2), ('partial_conv', 2)])
-def test_resume_is_exact_to_the_weights_file(name, killed, tmp_path):
+@pytest.mark.parametrize('name, killed', [('structural_inpainting', 2), ('structural_inpainting', 3), ('context_encoder', 2), ('partial_conv', 2),
+                                         ('structure_flow.structure', 2), ('structure_flow.joint', 2)])
+def test_resume_is_exact_to_the_weights_file(name, killed, nets, tmp_path):
     "Across the step at which D joins, with averaged weights and batch norm measured anew"
-    config = without_vgg(name, width=1/16) | (dict(bottleneck=8) if 'partial' not in name else {})
+    config = without_vgg(name, width=1/16) | (dict(bottleneck=8) if 'context' in name or 'structural' in name else {})
+    given = {n: nets[n] for n in recipes.RECIPES[name].needs}
     if name == 'structural_inpainting': config['joint_from'] = 3
     def run(steps, out):
-        recipe, _, data = recipes.build(name, config=config)
+        recipe, _, data = recipes.build(name, config=config, checkpoints=given)
         data_set = images.PhotoDataset(images.open_source('builtin'), data.size, masks.mask_sampler(data.masks))
         samples = images.collate([data_set[9, i] for i in range(2)])
         numbers = training.TrainConfig(steps=steps, batch_size=3, ema=.9, device='cpu')
@@ -116,7 +119,7 @@ def test_resume_is_exact_to_the_weights_file(name, killed, tmp_path):
     run(5, tmp_path/'whole'); run(killed, tmp_path/'parts')
     shutil.rmtree(tmp_path/'parts'/'samples'); run(5, tmp_path/'parts')
     a, b = (training.load_weights(tmp_path/k/'weights.safetensors') for k in ('whole', 'parts'))
-    assert all(torch.equal(v, b[0]['generator'][k]) for k, v in a[0]['generator'].items()) and a[1] == b[1]
+    assert all(torch.equal(v, b[0][net][k]) for net in a[0] for k, v in a[0][net].items()) and a[1] == b[1]
     assert (tmp_path/'whole'/'weights.safetensors').read_bytes() == (tmp_path/'parts'/'weights.safetensors').read_bytes()
 
 
@@ -133,3 +136,22 @@ def test_averaged_batch_norm_fits_its_weights(tmp_path):
     own = recipe.G.state_dict()
     stat = next(k for k in got if k.endswith('running_mean'))
     assert not torch.allclose(got[stat], up.ema[stat]) and torch.equal(own[stat], up.ema[stat])     # ema only copies them
+
+
+def test_stages_of_structure_flow(nets):
+    "The flow stage looks at correctness only; the joint stage keeps the structure network as it was and saves both"
+    flow = recipes.build('structure_flow.flow', config=without_vgg('structure_flow.flow'))[0]
+    assert flow.config.lambda_style == flow.config.lambda_perc == 0 and flow.config.lambda_correctness == .25
+    given = {n: nets[n] for n in ('structure', 'flow')}
+    joint = recipes.build('structure_flow.joint', config=without_vgg('structure_flow.joint', width=1/16), checkpoints=given)[0]
+    assert (joint.config.lambda_style, joint.config.lambda_perc) == (250, .1) and joint.generators().keys() == {'structure', 'flow'}
+    before = {k: v.clone() for k, v in joint.generators()['structure'].state_dict().items()}
+    data_set = images.PhotoDataset(images.open_source('builtin'), 64, masks.mask_sampler('bins'))
+    training.train(joint, data_set, training.TrainConfig(steps=2, batch_size=2, device='cpu'), progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in joint.generators()['structure'].state_dict().items())
+    with pytest.raises(InputError, match="needs the network 'structure'"): recipes.build('structure_flow.joint', checkpoints=dict(flow=nets['flow']))
+
+
+def test_structures_of_whole_files_are_for_recipes_that_know_them(tmp_path):
+    with pytest.raises(InputError, match='edge_connect.edge knows no structures'):
+        recipes.build_run(recipes.TrainParameters(recipe='edge_connect.edge', structure_dir=str(tmp_path)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inpaint_lib.core import InputError
-from inpaint_lib.viz import arrows, colour_wheel, heat, offset_colours
+from inpaint_lib.viz import arrow_picture, arrows, colour_wheel, heat, offset_colours, principal_colours
 
 
 def at(angle, length=1.):
@@ -98,3 +98,69 @@ def test_heat():
     assert np.allclose(y.movedim(1, -1), colormaps['viridis']((x[:, 0]*255).round().int().numpy())[..., :3])
     assert torch.equal(heat(10*x - 5), heat((10*x - 5).clamp(0, 1)))
     with pytest.raises(InputError, match='NaN'): heat(torch.full((1, 1, 2, 2), math.nan))
+
+
+def one_arrow(angle, length=4., size=(64, 64), row=8, col=8):
+    "A grey picture with one arrow from the cell (row, col) of 16 x 16"
+    where = torch.zeros(1, 1, 16, 16); where[0, 0, row, col] = 1
+    return arrow_picture(torch.full((1, 3, *size), .5), at(angle, length).expand(1, 2, 16, 16), where, step=1)
+
+
+def test_an_arrow_in_the_picture_points_from_the_cell_to_its_source():
+    for angle in (0, 45, 90, 180, 270):
+        touched = (one_arrow(angle) != .5).any(1)[0]
+        y, x = touched.nonzero().double().T
+        middle, way = torch.stack([y.mean(), x.mean()]) - 8.5*4 + .5, at(angle).flatten().double()
+        assert abs(float(middle @ way) - 8) < 4 and abs(float(middle[0]*way[1] - middle[1]*way[0])) < 1, angle
+        assert 20 < touched.sum() < 200
+
+
+def test_an_arrow_shows_on_any_ground():
+    for ground in (0., .5, 1.):
+        where = torch.zeros(1, 1, 16, 16); where[0, 0, 8, 8] = 1
+        pic = torch.full((1, 3, 64, 64), ground)
+        change = (arrow_picture(pic, at(240, 4.).expand(1, 2, 16, 16), where, step=1) - pic).abs().amax(1)
+        assert (change > .3).sum() > 8, ground
+
+
+def test_arrows_thin_out_and_never_get_lost():
+    offsets, pic = torch.ones(1, 2, 16, 16), torch.full((1, 3, 256, 256), .5)
+    dense, sparse = ((arrow_picture(pic, offsets, step=s) != .5).any(1).sum() for s in (2, 8))
+    assert dense > 3*sparse > 0
+    assert (one_arrow(0, row=9, col=11) != .5).any()
+    thin = torch.zeros(1, 1, 16, 16); thin[..., 5, 5] = 1                                  # off the grid of step 4
+    assert (arrow_picture(pic, offsets, thin) != .5).any()
+
+
+def test_arrow_picture_leaves_the_rest_alone():
+    g = torch.Generator().manual_seed(1)
+    pic, offsets = torch.rand(2, 3, 40, 72, generator=g), torch.randn(2, 2, 10, 18, generator=g)
+    where = torch.zeros(2, 1, 10, 18); where[1, :, 2:5, 3:9] = 1
+    out = arrow_picture(pic, offsets, where)
+    assert torch.equal(out[0], pic[0]) and torch.equal(out[1, :, 30:], pic[1, :, 30:]) and not torch.equal(out[1], pic[1])
+    far = arrow_picture(pic, 1e7*offsets, where)
+    assert far.shape == pic.shape and far.isfinite().all() and 0 <= far.amin() <= far.amax() <= 1
+    still = arrow_picture(pic, 0*offsets, where)
+    assert not torch.equal(still[1], pic[1])                                               # a dot where nothing moves
+    with pytest.raises(InputError, match=r'expected \(2,2,h,w\) and \(2,1,h,w\)'): arrow_picture(pic, offsets, where[:1])
+
+
+def test_principal_colours_are_the_largest_components():
+    g = torch.Generator().manual_seed(2)
+    y = torch.randn(1, 3, 12, 20, generator=g)*torch.tensor([9., 3, 1]).view(1, 3, 1, 1)
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=g))[0]
+    c = principal_colours(torch.einsum('kc,bchw->bkhw', basis[:, :3], y))
+    assert c.shape == (1, 3, 12, 20) and c.amin() == 0 and c.amax() == 1
+    for k in range(3):
+        r = torch.corrcoef(torch.stack([c[0, k].flatten(), y[0, k].flatten()]))[0, 1].abs()
+        assert r > .9, (k, float(r))
+
+
+def test_principal_colours_of_few_channels_and_bad_input():
+    ramp = torch.linspace(0, 1, 48).view(1, 1, 6, 8)
+    c = principal_colours(ramp)
+    assert (c[:, 1:] == .5).all() and c[0, 0].flatten().diff().ge(0).all()
+    assert principal_colours(ramp.half().expand(2, 5, 6, 8)).shape == (2, 3, 6, 8)
+    both = torch.cat([ramp, -3*ramp.flip(-1)]).expand(2, 4, 6, 8)
+    assert torch.allclose(principal_colours(both)[1:], principal_colours(both[1:]))        # not the neighbour's business
+    with pytest.raises(InputError, match='NaN'): principal_colours(ramp/0)

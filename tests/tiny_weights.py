@@ -19,10 +19,12 @@ def save_tiny(path, width=1/16, nets=('edge', 'inpaint'), **meta):
 
 
 def save_untrained(path, name):
-    "A weights file of recipe `name` (one network), untrained, as training would write it"
-    config = dict(width=1/16) | (dict(vgg_weights='none') if recipes.RECIPES[name].vgg else {})
-    if 'bottleneck' in {f.name for f in dataclasses.fields(recipes.RECIPES[name].config)}: config['bottleneck'] = 8
-    recipe, *_ = recipes.build(name, 'tiny', config=config)
+    "A weights file of recipe `name`, untrained, as training would write it; networks of earlier stages lie beside it"
+    stage = recipes.RECIPES[name]
+    config = dict(width=1/16) | (dict(vgg_weights='none') if stage.vgg else {})
+    if 'bottleneck' in {f.name for f in dataclasses.fields(stage.config)}: config['bottleneck'] = 8
+    given = {n: save_untrained(path.with_name(f'{path.stem}_{n}.safetensors'), f"{name.split('.')[0]}.{n}") for n in stage.needs}
+    recipe, *_ = recipes.build(name, 'tiny', config=config, checkpoints=given)
     recipe.eval()
     save_weights(path, {k: g.state_dict() for k, g in recipe.generators().items()},
                  dict(method=recipe.method, recipe=name, config=dataclasses.asdict(recipe.config)))

@@ -195,40 +195,50 @@ class Skipped:
     "Stands in a list of items for a picture that could not be read"
     name:str; reason:str
 
-def _cut_edge(edges, index, crop, *, hw, size):
-    "The square `crop` (of a picture of height and width `hw`) of edge map `index`: (1,size,size) in [0,1]"
-    e, (h, w) = edges.read(index), hw; eh, ew = e.shape[:2]
-    if abs(ew*h - eh*w) > .02*eh*w: raise InputError(f'it is {ew} x {eh}, its picture {w} x {h}; expected one shape')
-    return to_tensor(cut(e, crop, size=size, scale=(ew/w, eh/h)))[:1]
+def _cut_guide(guides, index, crop, *, hw, size):
+    "The square `crop` (of a picture of height and width `hw`) of guide `index`: (C,size,size) in [0,1]"
+    g, (h, w) = guides.read(index), hw; gh, gw = g.shape[:2]
+    if abs(gw*h - gh*w) > .02*gh*w: raise InputError(f'it is {gw} x {gh}, its picture {w} x {h}; expected one shape')
+    return to_tensor(cut(g, crop, size=size, scale=(gw/w, gh/h)))
 
 # %% ../../nbs/01_data.images.ipynb #b9fe7ba5
-def _match_names(source, edges)->list:
-    "Index of the edge map of each picture; `InputError` names the first picture or edge map without a partner"
-    if len(edges) != len(source):
-        raise InputError(f'{len(edges)} edge maps for {len(source)} pictures; expected one each, of the same names')
-    ours, theirs = ([PurePosixPath(n).with_suffix('').as_posix() for n in s.names] for s in (source, edges))
+def _match_names(source, guides, what='edge map')->list:
+    "Index of the guide of each picture; `InputError` names the first picture or guide without a partner"
+    if len(guides) != len(source):
+        raise InputError(f'{len(guides)} {what}s for {len(source)} pictures; expected one each, of the same names')
+    ours, theirs = ([PurePosixPath(n).with_suffix('').as_posix() for n in s.names] for s in (source, guides))
     where = {name: i for i, name in enumerate(theirs)}
     for name in ours:
-        if name not in where: raise InputError(f"no edge map called '{name}'; expected one for each picture, of its name without suffix")
+        if name not in where: raise InputError(f"no {what} called '{name}'; expected one for each picture, of its name without suffix")
     left = [name for name in theirs if name not in set(ours)]
-    if left: raise InputError(f"edge map '{left[0]}' belongs to no picture; expected one for each picture, of its name without suffix")
+    if left: raise InputError(f"{what} '{left[0]}' belongs to no picture; expected one for each picture, of its name without suffix")
     return [where[name] for name in ours]
+
+# %% ../../nbs/01_data.images.ipynb #0af68846
+def _guides_of(kinds, i, crop, **how):
+    "name -> the square of picture `i`'s guide, of edges one channel; `Skipped` names a guide that can't be read: not the photograph's fault"
+    out = {}
+    for k, (guides, of, what) in kinds.items():
+        try: out[k] = _cut_guide(guides, of[i], crop, **how)[:1 if k == 'edge' else None]
+        except InputError as e: return Skipped(f'{what} {guides.names[of[i]]}', str(e))
+    return out
 
 # %% ../../nbs/01_data.images.ipynb #2cb0d184
 class PhotoDataset(Dataset):
-    "Items by (epoch, index): image (3,size,size) in [0,1], mask (1,size,size) 0/1, 1 = hole, epoch, index[, edge]"
+    "Items by (epoch, index): image (3,size,size) in [0,1], mask (1,size,size) 0/1, 1 = hole, epoch, index[, edge][, structure]"
     def __init__(self, source,      # len, names, read(i)
                  size:int,          # side of the square
                  masks=None,        # masks(rng, index, size) -> bool (size,size); None: items without a mask
                  *, seed:int=0, train:bool=True,   # train: random squares and mirrors; else the centred square
-                 edges=None):       # a source of edge maps, one for each picture, of the same names
-        self.edge_of = None if edges is None else _match_names(source, edges)
-        self.source, self.size, self.masks, self.seed, self.train, self.edges = source, size, masks, seed, train, edges
+                 edges=None,        # a source of edge maps, one for each picture, of the same names
+                 structures=None):  # the same of smoothed pictures (`data.structure.StructureCache`)
+        kinds = ('edge', edges, 'edge map'), ('structure', structures, 'structure')
+        self.guides = {k: (g, _match_names(source, g, what), what) for k, g, what in kinds if g is not None}
+        self.source, self.size, self.masks, self.seed, self.train = source, size, masks, seed, train
     def __len__(self): return len(self.source)
     def __getitem__(self, key):
         epoch, index = map(int, key) if isinstance(key, (tuple, list)) else (0, int(key))
-        rng = lambda purpose: keyed_rng(self.seed, epoch, index, purpose)
-        try: return self._item(index, rng, epoch=epoch, index=index)
+        try: return self._item(index, lambda purpose: keyed_rng(self.seed, epoch, index, purpose), epoch=epoch, index=index)
         except InputError as e: return Skipped(self.source.names[index], str(e))
 
     def _item(self, i, rng, **item):
@@ -236,12 +246,11 @@ class PhotoDataset(Dataset):
         crop = random_crop(rng('crop'), *hw, size=self.size) if self.train else center_crop(*hw)
         item['image'] = to_tensor(cut(a, crop, size=self.size))
         if self.masks: item['mask'] = torch.from_numpy(np.array(self.masks(rng('mask'), i, self.size), np.float32))[None]
-        if self.edges is None: return item
-        try: return item | dict(edge=_cut_edge(self.edges, self.edge_of[i], crop, hw=hw, size=self.size))
-        except InputError as e: return Skipped(f'edge map {self.edges.names[self.edge_of[i]]}', str(e))     # not the photograph's fault
+        more = _guides_of(self.guides, i, crop, hw=hw, size=self.size)
+        return more if isinstance(more, Skipped) else item | more
 
 # %% ../../nbs/01_data.images.ipynb #b3fa61e5
-def collate(items)->dict:  # image, mask, epoch, index[, edge], skipped: list of str
+def collate(items)->dict:  # image, mask, epoch, index[, edge][, structure], skipped: list of str
     "Stack items; `Skipped` ones are left out and told in batch['skipped']. `InputError` when none is left"
     bad = [i for i in items if isinstance(i, Skipped)]
     good = [i for i in items if not isinstance(i, Skipped)]
