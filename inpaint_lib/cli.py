@@ -259,7 +259,8 @@ def _file_commands(command, method, device):
             ('--sketch', dict(metavar='FILE', help='lines to follow in the hole (a file or a folder), with --method deepfill_v2')),
             ('--checkpoint', dict(metavar='FILE', help='weights (.safetensors) or the folder of a run')),
             ('--option', dict(action='append', metavar='NAME=VALUE',
-                              help='of the method; composite_edges=false: fill as the published EdgeConnect test script does')), device)
+                              help='of the method; composite_edges=false: fill as the published EdgeConnect test script does; '
+                                   'protocol=damaged, composite_structure=false: the same for StructureFlow')), device)
     command('import', import_, 'Turn official checkpoints into a weights file.',
             ('method', dict(metavar='METHOD', help=', '.join(FILES))),
             ('files', dict(nargs='+', metavar='FILE', help='; '.join(f"{m}: {' '.join(f)}" for m, f in FILES.items()))),

@@ -389,7 +389,7 @@ def deepfill_v2(nets:dict, meta:dict, *, device, path='weights'):
 def structure_flow(nets:dict, meta:dict, *, device, path='weights', composite_structure=None, protocol='extended'):
     """StructureFlow (Ren et al. 2019): a smoothed picture is completed first, then textures are fetched along a flow.
     `composite_structure=False`: the second network gets the first one's whole output, as the published code hands it on;
-    `protocol='damaged'`: the known structure as that code computes it"""
+    `protocol='damaged'`: the hole emptied before smoothing, as that code does (with the numbers of these weights)"""
     c, first = _config(sf.StructureFlowConfig, meta, path), nets['structure'].get('input_layer.conv.weight_orig')
     if first is None: raise InputError(f'{path}: no input_layer.conv.weight_orig among its tensors; expected a StructureFlow structure generator')
     S = _filled(sf.StructureGen(first.shape[0]/64), nets['structure'], path).to(device)

@@ -37,6 +37,7 @@ class Stage:
     vgg:bool = False       # does a loss of this stage look at VGG features?
     size:int = 48          # pixels of preset smoke
     multiple:int = 1       # of which the pictures' side must be one
+    least:int = 1          # pixels that its side must have
     fixed:dict = dataclasses.field(default_factory=dict)   # config that makes this stage what it is
 
 # %% ../nbs/30_recipes.ipynb #572084f9
@@ -112,7 +113,8 @@ _SF = 'Ren et al. 2019, ICCV, arXiv 1908.03852'
 _sfp = dict(paper=dict(config={}, run={k: v for k, v in _LONG.items() if 'plateau' not in k}, data=dict(size=256, masks='irregular')),
             tiny=dict(config=dict(width=.125, lr=5e-4), run=dict(_SHORT, steps=300), data=dict(size=64)))
 _AT_64 = dict(size=64, multiple=16)
-_NO_STYLE = dict(fixed=dict(content_layers=(), style_layers=(), lambda_perc=0., lambda_style=0.), **_AT_64)
+_FROM_48 = dict(_AT_64, least=48)
+_NO_STYLE = dict(fixed=dict(content_layers=(), style_layers=(), lambda_perc=0., lambda_style=0.), **_FROM_48)
 
 def _sf_joint(config, nets, vgg):
     S = sf.StructureGen(nets['structure'].config.get('width', config.width)); load_net(S, nets['structure'])
@@ -142,7 +144,7 @@ RECIPES = {
     'deepfill_v2.sketch': Stage(_one(d2.DeepFillV2Recipe), _D2, d2.DeepFillV2Config, _d2p, size=64, multiple=8, fixed=dict(sketch=True), **_OWN),
     'structure_flow.structure': Stage(_one(sf.StructureRecipe, 'structure'), _SF, sf.StructureFlowConfig, _sfp, takes=('structure',), **_AT_64),
     'structure_flow.flow': Stage(_one(sf.FlowRecipe, 'flow'), _SF, sf.StructureFlowConfig, _sfp, takes=('flow',), vgg=True, **_NO_STYLE),
-    'structure_flow.joint': Stage(_sf_joint, _SF, sf.StructureFlowConfig, _sfp, needs=('structure', 'flow'), vgg=True, **_AT_64),
+    'structure_flow.joint': Stage(_sf_joint, _SF, sf.StructureFlowConfig, _sfp, needs=('structure', 'flow'), vgg=True, **_FROM_48),
 }
 
 # %% ../nbs/30_recipes.ipynb #869c4cc0
@@ -229,7 +231,8 @@ def build(name:str, preset:str='tiny', *,
     notes, vgg = _overridden(stage, p.get('config', {}), config or {}) + _changed(dataclasses.asdict(DataConfig(**p.get('data', {}))), data or {}), None
     run, data = TrainConfig(**{**p.get('run', {}), **(run or {})}), DataConfig(**{**p.get('data', {}), **(data or {})})
     given, config = config or {}, _checked(stage.config(**{'seed': run.seed, **p.get('config', {}), **(config or {}), **stage.fixed}))
-    if data.size % stage.multiple: raise InputError(f'size is {data.size}; {name} expects a multiple of {stage.multiple}')
+    if data.size % stage.multiple or data.size < stage.least:
+        raise InputError(f'size is {data.size}; {name} expects a multiple of {stage.multiple}' + f', {stage.least} or more'*(stage.least > 1))
     if hasattr(config, 'size'): config = _sized(config, data.size, given)
     if data.masks == 'context_encoder' and hasattr(config, 'overlap'): data.mask_options = dict(overlap=config.overlap) | data.mask_options
     nets = _earlier(name, stage, dict(checkpoints or {}))
@@ -328,6 +331,7 @@ class EvaluateParameters:
     "Parameters of 41_evaluate.ipynb"
     method:str = 'edge_connect'  # a name that `inpaint methods` lists
     checkpoint:str = ''        # weights file; '' = the method's own
+    method_options:str = ''    # of the method: 'protocol=damaged'
     run:str = ''               # instead of a method: one training stage, as the folder of its run or its weights file
     checkpoints:str = ''       # networks of earlier stages that this stage needs: 'edge=PATH'
     data_dir:str = 'builtin'   # held-out photograph, a folder, or a torchvision data set's name
@@ -409,7 +413,7 @@ def build_run(p:TrainParameters)->tuple:
     given = lambda *names, none=(0, -1, ''): {k: getattr(p, k) for k in names if getattr(p, k) not in none}
     stage = _choose(RECIPES, p.recipe, 'recipe')
     config = parse_options(p.options, stage.config)
-    if p.structure_dir and not hasattr(stage.config, 'lam'): raise InputError(f"structure_dir is '{p.structure_dir}', but {p.recipe} knows no structures; expected ''")
+    if p.structure_dir and (not hasattr(stage.config, 'lam') or config.get('guide', 'rtv') != 'rtv'): raise InputError(f"structure_dir is '{p.structure_dir}', but {p.recipe} knows no structures; expected ''")
     if stage.vgg: config |= dict(vgg_weights=p.vgg_weights if p.vgg_weights in ('auto', 'none') else str(rooted(p.vgg_weights)))
     run = given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,))
     run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights')}

@@ -102,6 +102,19 @@ def test_every_paper_trains_and_its_weights_fill(name, options, masks, tmp_path)
     assert (filled[~hole] == image[~hole]).all() and (filled[hole] != image[hole]).any()
 
 
+def test_structures_of_whole_files_are_kept_and_the_report_names_its_guide(tmp_path):
+    "StructureFlow's first stage from a cache of smoothed photographs, then measured: it is shown the true structure, and the report says so"
+    code, err, _ = papermill('40_train', tmp_path, recipe='structure_flow.structure', steps=2, batch_size=2, options='width=0.05',
+                             structure_dir=tmp_path/'smooth', out_dir=tmp_path/'run')
+    assert code == 0, err
+    kept = list((tmp_path/'smooth').rglob('*.png'))
+    assert 1 <= len(kept) <= 4 and json.loads((tmp_path/'run'/'run.json').read_text())['identity']['structures'] == 'of whole files'
+    code, err, _ = papermill('41_evaluate', tmp_path, run=tmp_path/'run', size=64, per_bin=1, out_dir=tmp_path/'eval')
+    assert code == 0, err
+    report = json.loads((tmp_path/'eval'/'metrics.json').read_text())
+    assert report['recipe'] == 'structure_flow.structure' and report['guide'] == 'structure of the whole picture, cut at the hole'
+
+
 def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
     import shutil
     shutil.copytree(trained/'edge', tmp_path/'edge')

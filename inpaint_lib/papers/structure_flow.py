@@ -218,7 +218,7 @@ def best_cosine(target:Tensor,  # (B,C,N) features looked for
         chunk = chunk or max(1, 2**22//(len(s)*s.shape[2]))
         return torch.cat([(q.transpose(1, 2) @ s).amax(2) for q in t.split(chunk, 2)], 1)
 
-# %% ../../nbs/26_papers.structure_flow.ipynb #d5dad544
+# %% ../../nbs/26_papers.structure_flow.ipynb #3e0da7f4
 def _check_maps(target, source, flow, mask):
     "`InputError` unless both feature maps have one shape, the flow two channels and the mask one"
     B = len(target)
@@ -232,7 +232,7 @@ def sampling_correctness_loss(target:Tensor,  # (B,C,h,w) VGG features of the tr
                               mask:Tensor,    # (B,1,H,W) 1 = places that count: the hole
                               *, sample=gaussian_resample,          # (features, flow) -> features
                               eps:float=1e-8, chunk:int|None=None,  # as `best_cosine`
-                             )->Tensor:       # scalar, e^-1 at best
+                             )->Tensor:       # scalar, about e^-1 where the best pixels are fetched
     "How far what the flow fetches is from the best there is, mean over the hole. Ren et al. 2019. `InputError`: shapes"
     _check_maps(target, source, flow, mask); size = target.shape[-2:]
     with torch.autocast(target.device.type, enabled=False):
@@ -632,9 +632,9 @@ def stage_pictures(batch:dict, out:dict)->dict:
     done = {'structure in': known, 'pred': out['pred'], 'structure out': out['comp']}
     return row | done | {'true structure': out['structure']}
 
-# %% ../../nbs/26_papers.structure_flow.ipynb #4229ed26
+# %% ../../nbs/26_papers.structure_flow.ipynb #57b522ee
 class StructureRecipe(StructureFlowStage):
-    "Stage 1: G_s completes the structure; its critic sees structures. Ren et al. 2019, sec. 3.1"
+    "Stage 1: G_s completes the structure; its critic sees structures. Note 000, part 1"
     name = 'structure_flow.structure'
     def __init__(self, config:StructureFlowConfig|None=None):
         super().__init__(config); self.G = StructureGen(self.config.width)
@@ -709,9 +709,9 @@ def _settle_vgg(stage, vgg):
     if vgg is None: stage.deviations.append(f'no {names} loss: vgg_weights=none')
     return vgg
 
-# %% ../../nbs/26_papers.structure_flow.ipynb #afff1d8d
+# %% ../../nbs/26_papers.structure_flow.ipynb #c453cf86
 class FlowRecipe(TextureStage):
-    "Stage 2: G_t paints along a flow, guided by the true structure of the whole picture. Ren et al. 2019, sec. 3.2"
+    "Stage 2: G_t paints along a flow, guided by the true structure of the whole picture. Note 000, part 2"
     name = 'structure_flow.flow'
     def forward(self, batch):
         return self.paint(batch['image'].detach(), batch['mask'].detach(), guide_of(self.config, batch))
@@ -787,10 +787,10 @@ def protocol_structure(image:Tensor,  # (B,3,H,W) in [0,1]
     else: smooth = rtv_smooth(image if protocol == 'truth' else nearest_known(image, mask), **rtv)
     return fill_hole(smooth, mask, .5)
 
-# %% ../../nbs/26_papers.structure_flow.ipynb #7ecd0e0a
+# %% ../../nbs/26_papers.structure_flow.ipynb #3d9037f9
 def _check_fill(S, image, mask, protocol, *guides):
     "`InputError`: other shapes, nothing that could complete the structure, a protocol that looks below the mask"
-    if protocol == 'truth': raise InputError("protocol 'truth' looks below the mask; give its result as `structure`")
+    if protocol not in PROTOCOLS[1:]: raise InputError(f"protocol '{protocol}'; expected damaged or extended (a true structure is given as `structure`)")
     want = (len(image), 1, *image.shape[-2:])
     if tuple(mask.shape) != want: raise InputError(f'mask {tuple(mask.shape)}; expected {want}')
     for g in guides:
