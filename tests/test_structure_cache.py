@@ -215,7 +215,8 @@ def test_in_a_data_set(tmp_path, workers):
     data = PhotoDataset(photos, 16, structures=StructureCache(photos, tmp_path/str(workers)))
     batch = next(iter(loader(data, EndlessSampler(4, 4), workers)))
     again = [PhotoDataset(photos, 16, structures=StructureCache(photos, tmp_path/'one'))[(0, int(i))] for i in batch['index']]
-    assert batch['structure'].shape == (4, 3, 16, 16) and torch.equal(batch['structure'], torch.stack([i['structure'] for i in again]))
+    off = batch['structure'] - torch.stack([i['structure'] for i in again])
+    assert batch['structure'].shape == (4, 3, 16, 16) and off.abs().max() < 2.5/255     # a worker has one thread: sums are rounded otherwise
     near, other = batch['structure'] - batch['image'], batch['structure'].roll(1, 0) - batch['image']
     assert near.abs().mean() < .5*other.abs().mean()                  # its own photograph's, the same square
 
