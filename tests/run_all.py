@@ -37,7 +37,7 @@ def main():
     times, failed = notebooks()
     report = ROOT/'runs'/'pytest.txt'; report.parent.mkdir(exist_ok=True)
     with open(report, 'w') as f:
-        p = subprocess.Popen([sys.executable, '-m', 'pytest', '--durations=10', '--durations-min=0.5'], cwd=ROOT, text=True,
+        p = subprocess.Popen([sys.executable, '-m', 'pytest', '-rs', '--durations=10', '--durations-min=0.5'], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         lines = []
         for line in p.stdout: print(line, end='', flush=True); f.write(line); lines.append(line)
