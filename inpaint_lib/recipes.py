@@ -311,8 +311,7 @@ class TrainParameters(RunParameters):
     data_dir:str = 'builtin'   # a folder of images (recursive), 'builtin', or a torchvision data set's name
     test_dir:str = 'builtin'   # where the sample rows' pictures come from: never trained on
     mask_dir:str = ''          # folder of mask files, for masks=irregular or files
-    edge_dir:str = ''          # folder of external edge maps (HED), one per picture, same names
-    structure_dir:str = ''     # folder that keeps the smoothed photographs (StructureFlow): made once, at the files' own size; '' = crops are smoothed
+    guide_dir:str = ''         # folder of edge maps (HED), one per picture, same names; for StructureFlow: where smoothed photographs are kept
     out_dir:str = ''           # where everything goes; '' = a temporary folder
     checkpoints:str = ''       # networks of earlier stages: 'edge=PATH,inpaint=PATH'
     resume:str = 'auto'        # auto: go on from out_dir's checkpoint; never: refuse a folder that holds one
@@ -413,7 +412,8 @@ def build_run(p:TrainParameters)->tuple:
     given = lambda *names, none=(0, -1, ''): {k: getattr(p, k) for k in names if getattr(p, k) not in none}
     stage = _choose(RECIPES, p.recipe, 'recipe')
     config = parse_options(p.options, stage.config)
-    if p.structure_dir and (not hasattr(stage.config, 'lam') or config.get('guide', 'rtv') != 'rtv'): raise InputError(f"structure_dir is '{p.structure_dir}', but {p.recipe} knows no structures; expected ''")
+    if p.guide_dir and hasattr(stage.config, 'lam') and config.get('guide', 'rtv') != 'rtv':
+        raise InputError(f"guide_dir is '{p.guide_dir}', but guide={config['guide']} needs no smoothed photographs; expected ''")
     if stage.vgg: config |= dict(vgg_weights=p.vgg_weights if p.vgg_weights in ('auto', 'none') else str(rooted(p.vgg_weights)))
     run = given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,))
     run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights')}

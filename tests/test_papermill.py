@@ -105,7 +105,7 @@ def test_every_paper_trains_and_its_weights_fill(name, options, masks, tmp_path)
 def test_structures_of_whole_files_are_kept_and_the_report_names_its_guide(tmp_path):
     "StructureFlow's first stage from a cache of smoothed photographs, then measured: it is shown the true structure, and the report says so"
     code, err, _ = papermill('40_train', tmp_path, recipe='structure_flow.structure', steps=2, batch_size=2, options='width=0.05',
-                             structure_dir=tmp_path/'smooth', out_dir=tmp_path/'run')
+                             guide_dir=tmp_path/'smooth', out_dir=tmp_path/'run')
     assert code == 0, err
     kept = list((tmp_path/'smooth').rglob('*.png'))
     assert 1 <= len(kept) <= 4 and json.loads((tmp_path/'run'/'run.json').read_text())['identity']['structures'] == 'of whole files'

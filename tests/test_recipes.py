@@ -152,6 +152,7 @@ def test_stages_of_structure_flow(nets):
     with pytest.raises(InputError, match="needs the network 'structure'"): recipes.build('structure_flow.joint', checkpoints=dict(flow=nets['flow']))
 
 
-def test_structures_of_whole_files_are_for_recipes_that_know_them(tmp_path):
-    with pytest.raises(InputError, match='edge_connect.edge knows no structures'):
-        recipes.build_run(recipes.TrainParameters(recipe='edge_connect.edge', structure_dir=str(tmp_path)))
+def test_smoothed_photographs_are_for_a_guide_that_is_smoothed(tmp_path):
+    given = dict(recipe='structure_flow.structure', guide_dir=str(tmp_path))
+    assert recipes.build_run(recipes.TrainParameters(**given))[0].name == 'structure_flow.structure'
+    with pytest.raises(InputError, match='guide=canny needs no smoothed photographs'): recipes.build_run(recipes.TrainParameters(**given, options='guide=canny'))
