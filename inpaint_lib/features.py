@@ -170,8 +170,11 @@ class VGGFeatures(nn.Module):
         for k, v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)):
             self.register_buffer(k, convs[0][1].weight.new_tensor(v).view(3, 1, 1), persistent=False)
 
-    def forward(self, x:Tensor)->dict:
+    def forward(self, x:Tensor,
+                layers=None,    # some of `self.layers`, and no deeper than these need; None: all
+               )->dict:
         if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.side:
             raise InputError(f'VGG got {tuple(x.shape)}; expected (B,3,H,W) with sides of {self.side} or more')
-        x = x.to(self.mean.dtype)
-        return vgg_forward(self.convs, (x - self.mean)/self.std if self.normalize else x, self.layers)
+        layers, x = layers or self.layers, x.to(self.mean.dtype)
+        convs = dict(list(self.convs.items())[:vgg_depth(layers, self.arch)])
+        return vgg_forward(convs, (x - self.mean)/self.std if self.normalize else x, layers)

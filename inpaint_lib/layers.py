@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PADDINGS', 'SpectralNorm', 'spectral_norm', 'maybe_spectral_norm', 'ResnetBlock', 'same_padding', 'SameConv2d',
-           'init_weights', 'channels']
+           'init_weights', 'glorot', 'channels']
 
 # %% ../nbs/10_layers.ipynb #ade787ba
 import torch
@@ -117,15 +117,28 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
 
 # %% ../nbs/10_layers.ipynb #3e7ae4ed
+def _start(net, draw):
+    "`draw` fills the weight of every convolution and Linear, under spectral norm the parameter; biases 0"
+    for m in net.modules():
+        if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): continue
+        draw(m._parameters.get('weight_orig', m._parameters.get('weight')))
+        if m.bias is not None: nn.init.zeros_(m.bias)
+    return net
+
 def init_weights(net:nn.Module,  # changed in place
                  std:float=.02,  # of the normal distribution
                 )->nn.Module:    # the same network
     "Weights of convolutions and Linear from N(0, std), also under spectral norm; biases 0 (Radford et al. 2016)"
-    for m in net.modules():
-        if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): continue
-        nn.init.normal_(m._parameters.get('weight_orig', m._parameters.get('weight')), 0., std)
-        if m.bias is not None: nn.init.zeros_(m.bias)
-    return net
+    return _start(net, lambda w: nn.init.normal_(w, 0., std))
+
+# %% ../nbs/10_layers.ipynb #d3e14d0a
+def glorot(net:nn.Module,      # changed in place
+           *, gain:float=1.,   # factor on the standard deviation
+           normal:bool=False,  # draw from a normal distribution instead of a uniform one
+          )->nn.Module:        # the same network
+    "Weights as Glorot & Bengio 2010, also under spectral norm; biases 0"
+    draw = nn.init.xavier_normal_ if normal else nn.init.xavier_uniform_
+    return _start(net, lambda w: draw(w, gain))
 
 # %% ../nbs/10_layers.ipynb #ea09ceec
 def channels(n:int,           # channels in the paper

@@ -455,7 +455,7 @@ def fast(image:Tensor,  # (B,C,H,W) right-hand sides, any device
 SOLVERS['fast'] = fast
 
 # %% ../../nbs/04_data.structure.ipynb #29d6cfef
-import hashlib, inspect, json, warnings
+import hashlib, inspect, json
 from operator import itemgetter
 from pathlib import Path
 
@@ -498,7 +498,7 @@ class StructureCache:
         return self.folder/pixels[:2]/f'{pixels[2:26]}.png'
 
     def read(self, i:int)->np.ndarray: return self.of(self.source.read(i))             # (H,W,3) uint8
-    def of(self, photo, *, device='cpu'): return _kept_or_made(self, photo, device)    # (H,W,3) uint8 -> the same
+    def of(self, photo, *, device='cpu'): return _kept_or_made(self, photo, device)[0] # (H,W,3) uint8 -> the same
 
 # %% ../../nbs/04_data.structure.ipynb #0ed7bd39
 def _reduced(hw, side)->tuple:
@@ -515,12 +515,13 @@ def _kept(path, shape):
     warnings.warn(f'{why}; the structure is made again', stacklevel=2)
 
 def _kept_or_made(cache, photo, device):
+    "(structure, 'found' or 'made')"
     path, (h, w) = cache.path(photo), _reduced(photo.shape[:2], cache.settings['side'])
-    if (kept := _kept(path, (h, w, 3))) is not None: return kept
+    if (kept := _kept(path, (h, w, 3))) is not None: return kept, 'found'
     if (h, w) != photo.shape[:2]: photo = np.asarray(Image.fromarray(photo).resize((w, h), Image.Resampling.BICUBIC))
     out = to_uint8(rtv_smooth(to_tensor(photo)[None].to(device), **cache.rtv)[0])
     with atomic_write(path) as tmp: Image.fromarray(out).save(tmp, 'PNG')
-    return out
+    return out, 'made'
 
 # %% ../../nbs/04_data.structure.ipynb #71ac79b0
 class _Jobs:
@@ -531,9 +532,7 @@ class _Jobs:
         i = key[1]
         try: photo = self.cache.source.read(i)
         except InputError as e: return 'skipped', f'{self.cache.names[i]}: {e}'
-        found = self.cache.path(photo).is_file()
-        self.cache.of(photo, device=self.device)
-        return ('found' if found else 'made'), self.cache.names[i]
+        return _kept_or_made(self.cache, photo, self.device)[1], self.cache.names[i]
 
 def smooth_all(cache:StructureCache,
                *, workers=0,      # processes that smooth, on CPUs

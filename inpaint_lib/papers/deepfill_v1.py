@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COARSE', 'XCONV', 'PMCONV', 'PM_AFTER', 'ALLCONV', 'ACTS', 'resize_index', 'pick', 'usable', 'fuse_scores',
-           'contextual_attention_loop', 'ContextualAttention', 'PlainConv', 'chain', 'glorot', 'Refinement', 'TwoStage',
+           'contextual_attention_loop', 'ContextualAttention', 'PlainConv', 'chain', 'Refinement', 'TwoStage',
            'DeepFillV1Generator', 'Critic', 'local_window', 'crop_local', 'Critics', 'discount_mask',
            'DeepFillV1Config', 'l1_terms', 'critic_terms', 'stage_metrics', 'stage_pictures', 'DeepFillV1Recipe',
            'fill', 'boundary_jump', 'seams']
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, global_mean
 from ..data.masks import composite, dilate, fill_hole
-from ..layers import SameConv2d, channels
+from ..layers import SameConv2d, channels, glorot
 from ..losses import adversarial_loss, gradient_penalty, masked_l1
 from ..metrics import psnr
 from ..training import Recipe
@@ -458,16 +458,6 @@ def chain(rows:tuple,       # of (name, multiple, kernel, stride, dilation), suc
                             padding=padding, **extra)
         in_ch = out_ch
     return nn.Sequential(OrderedDict(blocks))
-
-# %% ../../nbs/23_papers.deepfill_v1.ipynb #f154fa22
-def glorot(net:nn.Module,  # changed in place
-          )->nn.Module:    # the same network
-    "Uniform weights as Glorot & Bengio 2010 (TensorFlow's default), also under spectral norm; biases 0"
-    for m in net.modules():
-        if not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): continue
-        nn.init.xavier_uniform_(m._parameters.get('weight_orig', m._parameters.get('weight')))
-        if m.bias is not None: nn.init.zeros_(m.bias)
-    return net
 
 # %% ../../nbs/23_papers.deepfill_v1.ipynb #3190f429
 class Refinement(nn.Module):

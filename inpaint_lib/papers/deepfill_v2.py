@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..core import InputError
 from ..data.edges import edge_maps, rgb_to_gray
 from ..data.masks import composite, fill_hole
-from ..layers import SameConv2d, channels, same_padding, spectral_norm
+from ..layers import SameConv2d, channels, glorot, same_padding, spectral_norm
 from ..losses import adversarial_loss, mean_abs
-from .deepfill_v1 import (COARSE, TwoStage, _positive, chain, glorot, stage_metrics,
+from .deepfill_v1 import (COARSE, TwoStage, _positive, chain, stage_metrics,
                                             stage_pictures)
 from .partial_conv import PartialConv2d
 from ..training import Recipe
