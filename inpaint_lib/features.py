@@ -157,8 +157,7 @@ class VGGFeatures(nn.Module):
                  layers:tuple=EDGE_CONNECT_LAYERS,     # names such as 'relu3_1' or 'conv4_2'
                  weights='auto',                       # see `load_vgg`
                  normalize:bool=False):                # remove ImageNet's mean and std first
-        super().__init__()
-        self.arch, self.layers, self.normalize, n = arch, tuple(layers), normalize, vgg_depth(layers, arch)
+        super().__init__(); self.arch, self.layers, self.normalize, n = arch, tuple(layers), normalize, vgg_depth(layers, arch)
         state, self.source = load_vgg(weights, arch); convs = list(frozen_convs(state, arch, self.source).items())
         self.available = tuple(l for l in vgg_layers(arch) if vgg_depth((l,), arch) <= len(convs))
         if n > len(convs):
@@ -170,9 +169,7 @@ class VGGFeatures(nn.Module):
         for k, v in (('mean', IMAGENET_MEAN), ('std', IMAGENET_STD)):
             self.register_buffer(k, convs[0][1].weight.new_tensor(v).view(3, 1, 1), persistent=False)
 
-    def forward(self, x:Tensor,
-                layers=None,    # some of `self.layers`, and no deeper than these need; None: all
-               )->dict:
+    def forward(self, x:Tensor, layers=None)->dict:     # layers: some of `self.layers`, no deeper than these need
         if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < self.side:
             raise InputError(f'VGG got {tuple(x.shape)}; expected (B,3,H,W) with sides of {self.side} or more')
         layers, x = layers or self.layers, x.to(self.mean.dtype)
