@@ -158,6 +158,22 @@ def test_a_sketch_as_a_file_and_as_a_folder(files, weights, run):
         assert code == 2 and says in err
 
 
+def test_edges_and_a_structure_as_files(files, weights, run):
+    lines = np.zeros((H, W), np.uint8); lines[45] = 255
+    Image.fromarray(lines).save(files/'e.png'); Image.fromarray(255 - BASE).save(files/'s.png')
+    joint = save_untrained(files/'sf.safetensors', 'structure_flow.joint')
+    for flag, guide, how in (('--edges', 'e.png', ('--checkpoint', weights)), ('--structure', 's.png', ('--method', 'structure_flow', '--checkpoint', joint))):
+        fill = ('fill', files/'a.png', files/'m.png', *how, '--device', 'cpu', '--out')
+        assert run(*fill, files/'plain.png')[0] == 0
+        code, _, err = run(*fill, files/'led.png', flag, files/guide)
+        assert (code, err) == (0, '') and same_outside(files/'a.png', files/'led.png')
+        assert (np.asarray(Image.open(files/'led.png')) != np.asarray(Image.open(files/'plain.png'))).any()
+        code, _, err = run(*fill, files/'no.png', '--sketch', files/'e.png', flag, files/guide)
+        assert code == 2 and f'--sketch and {flag}: expected one guide' in err
+    code, _, err = run('fill', files/'a.png', files/'m.png', '--method', 'telea', '--edges', files/'e.png', '--out', files/'no.png')
+    assert code == 2 and 'first network of --method edge_connect' in err and not (files/'no.png').exists()
+
+
 def test_a_sketch_without_checkpoint_takes_the_weights_for_sketches(files, run, monkeypatch):
     from inpaint_lib import inference
     monkeypatch.setattr(inference, 'checkout', lambda: files)

@@ -376,6 +376,42 @@ def sketched(shape=(45, 58)):
     return image, hole, lines
 
 
+def counted(net):
+    "A list that grows by one at each forward pass of `net`"
+    calls = []; net.register_forward_hook(lambda *a: calls.append(1))
+    return calls
+
+
+def closure(inpainter, name): return dict(zip(inpainter.fill.__code__.co_freevars, (c.cell_contents for c in inpainter.fill.__closure__)))[name]
+
+
+@pytest.mark.parametrize('method, guide, first, view', [('edge_connect', 'edges', 'G1', 'edges_hallucinated'), ('structure_flow', 'structure', 'S', 'structure out')])
+def test_a_guide_takes_the_place_of_the_first_network(method, guide, first, view, tmp_path):
+    path = save_untrained(tmp_path/'w.safetensors', 'structure_flow.joint') if guide == 'structure' else save_tiny(tmp_path/'w.safetensors')
+    inpainter = load_inpainter(method, path, 'cpu')
+    calls = counted(closure(inpainter, first))
+    image, hole, _ = sketched((48, 61))
+    alone = inpainter(image, hole); own = alone.views[view]
+    assert inpainter.guide == guide and len(calls) == 1
+    again = inpainter(image, hole, **{guide: own if guide == 'structure' else own[0]})
+    assert len(calls) == 1 and (again.image == alone.image).all() and torch.equal(again.pred, alone.pred)   # the network is not run; its own guide changes nothing
+    changed = own.clone(); changed[:, 18:26, 20:36] = 1 - changed[:, 18:26, 20:36]
+    led = inpainter(image, hole, **{guide: changed if guide == 'structure' else changed[0]})
+    assert (led.pred - alone.pred).abs().max() > 1e-5 and (led.image[~hole] == image[~hole]).all() and len(calls) == 1
+
+
+def test_a_guide_of_another_method_or_size_is_refused(tmp_path):
+    ours, telea = load_inpainter('edge_connect', save_tiny(tmp_path/'w.safetensors'), 'cpu'), load_inpainter('telea')
+    image, hole, lines = sketched((48, 61))
+    with pytest.raises(InputError, match='edges take the place of the first network of --method edge_connect; found another fill'): telea(image, hole, edges=lines)
+    with pytest.raises(InputError, match='a structure takes the place .* --method structure_flow; found .*w.safetensors'): ours(image, hole, structure=image)
+    with pytest.raises(InputError, match=r'edges of shape \(20, 61\)'): ours(image, hole, edges=lines[:20])
+    sf = load_inpainter('structure_flow', save_untrained(tmp_path/'s.safetensors', 'structure_flow.joint'), 'cpu')
+    for bad in (image[:20], torch.full((3, 48, 61), 1.5), torch.full((3, 48, 61), float('nan'))):
+        with pytest.raises(InputError, match=r'structure of shape .*expected the same size, values in \[0,1\]'): sf(image, hole, structure=bad)
+    with pytest.raises(InputError, match='nowhere.png: no such file'): sf(image, hole, structure='nowhere.png')
+
+
 def loud(path):
     "The weights of a file, three times as large: untrained gated networks answer too quietly to see a difference"
     from inpaint_lib.training import load_weights
@@ -388,7 +424,7 @@ def test_a_sketch_changes_the_hole_alone_and_only_where_it_lies_in_it(tmp_path):
     guided = load_inpainter('deepfill_v2', loud(save_untrained(tmp_path/'w.safetensors', 'deepfill_v2.sketch')), 'cpu')
     image, hole, lines = sketched()
     plain, with_lines = guided(image, hole), guided(image, hole, lines)
-    assert guided.takes_sketch and (with_lines.image[~hole] == image[~hole]).all()
+    assert guided.guide == 'sketch' and (with_lines.image[~hole] == image[~hole]).all()
     assert (with_lines.pred - plain.pred).abs().max() > 1e-4
     outside = np.where(hole, 0, lines).astype(np.uint8)                       # the known picture says where its edges are
     with pytest.warns(UserWarning, match='no line of the sketch lies in the hole'): assert torch.equal(guided(image, hole, outside).pred, plain.pred)
@@ -479,7 +515,7 @@ def test_weights_for_a_sketch_are_found_or_the_command_is_named(tmp_path, monkey
     shipped.write_bytes(run[0].read_bytes())
     assert find_weights('deepfill_v2', tmp_path, sketch=True) == shipped
     monkeypatch.setattr(inference, 'checkout', lambda: tmp_path)
-    assert load_inpainter('deepfill_v2', device='cpu', sketch=True).takes_sketch and not load_inpainter('deepfill_v2', device='cpu').takes_sketch
+    assert load_inpainter('deepfill_v2', device='cpu', sketch=True).guide == 'sketch' and not load_inpainter('deepfill_v2', device='cpu').guide
     for method in ('edge_connect', 'telea'):
         with pytest.raises(InputError, match=f'a sketch needs weights of recipe deepfill_v2.sketch.*found method {method}'): load_inpainter(method, sketch=True)
     with pytest.raises(InputError, match='a sketch needs weights .*plain.safetensors'): load_inpainter('deepfill_v2', run[1], 'cpu', sketch=True)

@@ -311,13 +311,14 @@ def fill(G1:nn.Module,   # trained edge generator, in eval mode
          *, sigma:float=2.,             # of Canny; -1 = no edges
          composite_edges:bool=True,     # False: G2 gets G1's raw output, as the published test script does
          edge:Tensor|None=None,         # (B,1,H,W) edges of another source; what lies in the hole is ignored
+         guess:Tensor|None=None,        # (B,1,H,W) in [0,1], edges for the hole in the place of G1's: drawn by hand, true ones
         )->dict:         # pred, comp (B,3,H,W); edges_known, edges_hallucinated, edges (B,1,H,W)
     "Fill the hole. Nothing below the mask has any influence. `InputError` for sizes that are no multiples of 4"
     known = fill_hole(image, mask)
     gray = rgb_to_gray(known)
     if edge is None: edge = edge_maps(gray, sigma, mask=1-mask)
     edge = fill_hole(edge.to(gray), mask, 0.)
-    guess = G1(edge_input(gray, edge, mask)).to(gray)
+    guess = (G1(edge_input(gray, edge, mask)) if guess is None else guess).to(gray)
     edges = composite(guess, edge, mask) if composite_edges else guess
     pred = G2(inpaint_input(known, edges, mask)).to(gray)
     return dict(pred=pred, comp=composite(pred, image, mask), edges_known=edge, edges_hallucinated=guess, edges=edges)
