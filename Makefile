@@ -5,7 +5,7 @@ BIN := .venv/bin
 NB := $(sort $(wildcard nbs/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks figures export check lab clean
+.PHONY: help setup demo app film test notebooks figures export check lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,13 @@ setup: .venv/.ready  ## build .venv with everything the project needs (done by t
 
 demo: setup  ## train a small EdgeConnect on real photographs, headlessly, and evaluate it: runs/demo/
 	@$(PY) tests/demo.py
+
+app: setup  ## paint a hole and watch it filled: prints the address of a page on this machine only (PORT=8866)
+	@echo "Open the address below (with its token) in a browser of this machine; Ctrl+C ends it."
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/voila nbs/35_app.ipynb --token --no-browser --Voila.ip=127.0.0.1 --port=$(or $(PORT),8866)
+
+film: setup  ## figures/demo.webp anew, from real painting in a headless Chromium
+	@$(PY) tests/film.py figures/demo.webp
 
 test: setup  ## every notebook (nbdev_test) and every test (pytest), with the ten slowest
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) tests/run_all.py

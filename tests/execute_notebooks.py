@@ -12,6 +12,15 @@ import nbformat
 from nbclient import NotebookClient
 
 LIMIT_KB = 300
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+
+def without_widgets(nb):
+    "A stored widget needs the kernel that made it: readers get the picture and the text that stand beside it"
+    nb.metadata.pop('widgets', None)
+    for cell in nb.cells:
+        for output in cell.get('outputs', []): output.get('data', {}).pop(WIDGET, None)
+    return nb
 
 
 def execute(path):
@@ -21,7 +30,7 @@ def execute(path):
                    resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell in nb.cells: cell.metadata.pop('execution', None)
     nb.metadata.pop('language_info', None)
-    text = nbformat.writes(nb)
+    text = nbformat.writes(without_widgets(nb))
     found = re.search(r'/(tmp|work|root|home)/[A-Za-z][^"\\]*', text)
     if found: raise SystemExit(f'{path}: its outputs name a folder of this machine: {found[0]}')
     path.write_text(text + '\n', encoding='utf-8')

@@ -244,7 +244,7 @@ def test_bad_input(fill, make, message):
     *((C.patch, dict(patch_size=k), f'patch_size {k}: expected an odd whole number, 3 or more') for k in (4, 1, -3, 7., 5.5, '7', None)),
     *((C.patch, dict(iterations=k), f'iterations {k}: expected 1, 2, 3') for k in (0, -1, 2.5, None)),
     *((C.patch, dict(gamma=k), f'gamma {k}: expected a number, 1 or more') for k in (.5, math.nan, math.inf, '2')),
-    *((C.patch, dict(seed=k), f'seed {k}: expected 0, 1, 2') for k in (-1, .5, None, True))], ids=str)
+    *((C.patch, dict(seed=k), f'seed {k}: expected 0, 1, 2') for k in (-1, .5, None, True))], ids=lambda v: getattr(v, '__name__', str(v)))
 def test_bad_options(fill, option, message):
     with pytest.raises(InputError, match=message.replace('.', r'\.')) as e: fill(photo(), as_mask(holes()['block']), **option)
     assert '\n' not in str(e.value)

@@ -21,11 +21,6 @@ def launch(launcher, script, *args):
     assert r.returncode == 0, r.stderr[-3000:]
 
 
-def run(launcher, name, out, photos='builtin'):
-    launch(launcher, 'three_steps.py', name, out, photos)
-    return torch.load(out, weights_only=True)
-
-
 def relative(a, b): return abs(a - b)/max(abs(a), abs(b), 1e-12)
 
 
@@ -38,14 +33,27 @@ def photos_with_a_truncated_file(folder):
     return folder
 
 
-@pytest.mark.parametrize('name, cut', [('edge_connect.edge', False), ('edge_connect.inpaint', False), ('edge_connect.inpaint', True),
-                                       ('context_encoder', False), ('structural_inpainting', False), ('partial_conv', False)])
-def test_two_processes_equal_one(name, cut, tmp_path):
+CASES = [('edge_connect.edge', False), ('edge_connect.inpaint', False), ('edge_connect.inpaint', True), ('context_encoder', False),
+         ('structural_inpainting', False), ('partial_conv', False)]
+
+
+@pytest.fixture(scope='module')
+def steps(tmp_path_factory):
+    "(case, number of processes) -> what `three_steps.py` wrote; all cases after each other, as a start costs more than the steps"
+    folder, out = tmp_path_factory.mktemp('steps'), {}
+    cut = photos_with_a_truncated_file(folder/'photos')
+    for world, launcher in ((1, []), (2, TORCHRUN)):
+        files = {case: folder/f'{n}_{world}.pt' for n, case in enumerate(CASES)}
+        launch(launcher, 'three_steps.py', *(a for case, file in files.items() for a in (case[0], file, cut if case[1] else 'builtin')))
+        out |= {(case, world): torch.load(file, weights_only=True) for case, file in files.items()}
+    return out
+
+
+@pytest.mark.parametrize('name, cut', CASES)
+def test_two_processes_equal_one(name, cut, steps):
     """L1 / mean(mask) divides by a statistic of the whole batch: `inpaint` fails if it is not averaged over processes first.
     Context Encoder and partial convolution run with frozen batch norm statistics"""
-    photos = photos_with_a_truncated_file(tmp_path/'photos') if cut else 'builtin'
-    one = run([], name, tmp_path/'one.pt', photos)
-    two = run(TORCHRUN, name, tmp_path/'two.pt', photos)
+    one, two = (steps[(name, cut), world] for world in (1, 2))
     assert (one['world'], two['world']) == (1, 2)
     for a, b in zip(one['terms'], two['terms']):
         trained = [k for k in a if not k.startswith('m_')]
@@ -58,8 +66,7 @@ def test_two_processes_equal_one(name, cut, tmp_path):
 
 def test_a_run_under_torchrun_leaves_one_log_and_resumes_exactly(tmp_path):
     "Two processes, 3 + 3 steps = 6 steps; only the first process writes"
-    launch(TORCHRUN, 'train_run.py', tmp_path/'whole', 6)
-    launch(TORCHRUN, 'train_run.py', tmp_path/'parts', 3)
+    launch(TORCHRUN, 'train_run.py', tmp_path/'whole', 6, tmp_path/'parts', 3)
     launch(TORCHRUN, 'train_run.py', tmp_path/'parts', 6)
     a, b = (training.read_checkpoint(tmp_path/k/'checkpoint.pt') for k in ('whole', 'parts'))
     assert all(torch.equal(a[n][k], b[n][k]) for n in ('G', 'D', 'ema') for k in a[n])

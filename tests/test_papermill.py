@@ -1,7 +1,7 @@
 """The papermill notebooks as a scheduler runs them: subprocesses, parameters by name, exit codes."""
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,20 +13,28 @@ from PIL import Image
 from inpaint_lib.data.images import builtin_photograph
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def papermill(stem, out, **parameters):
-    "-> (exit code, stderr, executed notebook)"
-    target = out/f'{stem}.ipynb'
-    command = [sys.executable, '-m', 'papermill', '--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
-    for k, v in parameters.items(): command += ['-p', k, str(v)]
-    r = subprocess.run(list(map(str, command)), cwd=out, capture_output=True, text=True,
-                       env=dict(os.environ, MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS='2'))
-    return r.returncode, r.stderr, target
+sys.path.insert(0, str(ROOT/'tests'/'scripts'))
+import papermill_process  # noqa: E402
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def papermill():
+    "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook). Each call is a process, forked from one that has papermill"
+    processes = multiprocessing.get_context('forkserver')
+    processes.set_forkserver_preload(['papermill.__main__', 'papermill_process'])
+    def call(stem, out, **parameters):
+        target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
+        command = ['--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
+        for k, v in parameters.items(): command += ['-p', k, v]
+        env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '2'))
+        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), out, env, err))
+        p.start(); p.join()
+        return p.exitcode, err.read_text(), target
+    return call
+
+
+@pytest.fixture(scope='module')
+def trained(papermill, tmp_path_factory):
     "A folder with a smoke run of the image stage (from true edges) and of the edge stage"
     out = tmp_path_factory.mktemp('runs')
     for name in ('edge', 'inpaint'):
@@ -50,7 +58,7 @@ def test_train_leaves_everything(trained):
     assert len((trained/'inpaint'/'log.jsonl').read_text().splitlines()) == 4
 
 
-def test_joint_stage_takes_both_then_evaluation(trained, tmp_path):
+def test_joint_stage_takes_both_then_evaluation(trained, papermill, tmp_path):
     nets = f"edge={trained/'edge'},inpaint={trained/'inpaint'}"
     code, err, _ = papermill('40_train', tmp_path, recipe='edge_connect.joint', steps=3, vgg_weights='none', options='width=0.05',
                              checkpoints=nets, out_dir=tmp_path/'joint')
@@ -67,7 +75,7 @@ def test_joint_stage_takes_both_then_evaluation(trained, tmp_path):
 
 
 @pytest.mark.parametrize('name, measures', [('edge', {'precision', 'recall'}), ('inpaint', {'psnr_hole', 'l1', 'ssim_hole'})])
-def test_a_single_stage_is_measured_by_its_recipe(name, measures, trained, tmp_path):
+def test_a_single_stage_is_measured_by_its_recipe(name, measures, trained, papermill, tmp_path):
     photos, masks = tmp_path/'photos', tmp_path/'masks'
     for folder in (photos, masks): folder.mkdir()
     for i, which in enumerate(('coffee', 'chelsea')): Image.fromarray(builtin_photograph(which)[:200, 100:300]).save(photos/f'{i}.png')
@@ -86,7 +94,7 @@ def test_a_single_stage_is_measured_by_its_recipe(name, measures, trained, tmp_p
 @pytest.mark.parametrize('name, options, masks', [('context_encoder.center', 'overlap=7,bottleneck=8', 'context_encoder'),
                                                   ('structural_inpainting', 'bottleneck=8,joint_from=2', 'random_region'),
                                                   ('partial_conv', 'l1_space=unit', 'partial_conv_drawn')])
-def test_every_paper_trains_and_its_weights_fill(name, options, masks, tmp_path):
+def test_every_paper_trains_and_its_weights_fill(name, options, masks, papermill, tmp_path):
     "D comes in the middle of the second one; masks and their options reach the data"
     given = dict(vgg_weights='none') if name != 'context_encoder.center' else {}
     code, err, _ = papermill('40_train', tmp_path, recipe=name, steps=4, options='width=0.05,' + options, out_dir=tmp_path/'run', **given)
@@ -102,7 +110,7 @@ def test_every_paper_trains_and_its_weights_fill(name, options, masks, tmp_path)
     assert (filled[~hole] == image[~hole]).all() and (filled[hole] != image[hole]).any()
 
 
-def test_structures_of_whole_files_are_kept_and_the_report_names_its_guide(tmp_path):
+def test_structures_of_whole_files_are_kept_and_the_report_names_its_guide(papermill, tmp_path):
     "StructureFlow's first stage from a cache of smoothed photographs, then measured: it is shown the true structure, and the report says so"
     code, err, _ = papermill('40_train', tmp_path, recipe='structure_flow.structure', steps=2, batch_size=2, options='width=0.05',
                              guide_dir=tmp_path/'smooth', out_dir=tmp_path/'run')
@@ -115,7 +123,7 @@ def test_structures_of_whole_files_are_kept_and_the_report_names_its_guide(tmp_p
     assert report['recipe'] == 'structure_flow.structure' and report['guide'] == 'structure of the whole picture, cut at the hole'
 
 
-def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
+def test_resume_goes_on_and_does_not_begin_again(trained, papermill, tmp_path):
     import shutil
     shutil.copytree(trained/'edge', tmp_path/'edge')
     code, err, target = papermill('40_train', tmp_path, recipe='edge_connect.edge', steps=6, options='width=0.05', out_dir=tmp_path/'edge')
@@ -141,7 +149,7 @@ def test_resume_goes_on_and_does_not_begin_again(trained, tmp_path):
     ('40_train', dict(mask_options='overlap'), "mask_options: found 'overlap', expected NAME=NUMBER"),
     ('41_evaluate', dict(run='nowhere'), 'nowhere: no such file; expected the folder of a finished run'),
 ])
-def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, tmp_path):
+def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, papermill, tmp_path):
     code, err, _ = papermill(stem, tmp_path, **bad)
     assert code == 1
     assert says in err, err[-1500:]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HOLE_BINS', 'CELLS', 'DRAWN_MASKS', 'FILE_MASKS', 'MASK_KINDS', 'hole_ratio', 'touches_border', 'bin_of',
-           'center_mask', 'block_mask', 'half_mask', 'brush_stroke', 'free_form', 'sample_bin_mask', 'random_region',
-           'deepfill_rectangle', 'deepfill_strokes', 'MaskWarning', 'load_mask', 'check_mask', 'fill_hole', 'composite',
-           'dilate', 'MaskFolder', 'PartialConvMasks', 'mask_sampler']
+           'center_mask', 'block_mask', 'half_mask', 'brush_stroke', 'free_form', 'paint_exactly', 'sample_bin_mask',
+           'random_region', 'deepfill_rectangle', 'deepfill_strokes', 'MaskWarning', 'load_mask', 'check_mask',
+           'fill_hole', 'composite', 'dilate', 'MaskFolder', 'PartialConvMasks', 'mask_sampler']
 
 # %% ../../nbs/02_data.masks.ipynb #f10f38c7
 import functools, inspect, math, warnings
@@ -142,8 +142,11 @@ def _bin_counts(bounds, pixels:int, most:int):
     return least, most
 
 # %% ../../nbs/02_data.masks.ipynb #805935c0
-def _paint(rng, n:int, hw, start, width, margin):
-    "A bool mask (H,W) with exactly `n` pixels, none in the margin, painted stroke by stroke from `start`"
+def paint_exactly(rng, n:int, hw,  # the generator that draws; pixels of the hole; (H, W)
+                  start, width,    # (row, column) or None; brush widths (lo, hi) as shares of the shorter side
+                  margin,          # pixels at the border that stay known
+                 )->np.ndarray:    # bool (H,W)
+    "A free-form mask with exactly `n` pixels, none in the margin, painted stroke by stroke from `start`"
     m, allowed, left = np.zeros(hw, bool), _inside(hw, margin), n
     while left:
         for a, b, r in brush_stroke(rng, hw, width=width, start=start, margin=margin):
@@ -173,7 +176,7 @@ def sample_bin_mask(bin:int,    # 0 to 5, see HOLE_BINS
     least, most = _bin_counts(HOLE_BINS[bin], H*W, int(_inside((H, W), margin).sum()))
     n = int(rng.integers(least, most + 1))
     start = _border_pixel(rng, H, W) if border else None
-    return _paint(rng, n, (H, W), start, (.04, .08 + .3*n/(H*W)), margin)
+    return paint_exactly(rng, n, (H, W), start, (.04, .08 + .3*n/(H*W)), margin)
 
 def _border_pixel(rng, H, W):
     "A random pixel (y, x) of the outermost rows and columns"
