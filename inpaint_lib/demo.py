@@ -851,9 +851,12 @@ def _repr_mimebundle_(self, **kwargs):
 
 # %% ../nbs/33_demo.ipynb #f9226d2a
 @patch_to(MaskPainter)
+def _on_history(self, m, buffers): self.set_state({k: m[k] for k in ('strokes', 'position') if k in m})
+
+@patch_to(MaskPainter)
 def _on_run(self, m, buffers):
     self.error = ''
-    if 'strokes' in m: self.set_state({k: m[k] for k in ('strokes', 'position') if k in m})   # it may be ahead of the state
+    if 'strokes' in m: self._on_history(m, buffers)           # it may be ahead of the state
     if not self.error: self.run(*m.get('methods', ()))
 
 @patch_to(MaskPainter)
@@ -903,8 +906,8 @@ def _uploaded(self, what, name, data):
 @patch_to(MaskPainter)
 def _message(self, m, buffers):
     do = m.get('do') if isinstance(m, dict) else None
-    try: getattr(self, f'_on_{do}' if do in ('run', 'cancel', 'view', 'random', 'save', 'piece') else '_unknown')(m, buffers)
+    try: getattr(self, f'_on_{do}' if do in ('run', 'history', 'cancel', 'view', 'random', 'save', 'piece') else '_unknown')(m, buffers)
     except Exception as e: _log.debug('message %s', do, exc_info=True); self.error = one_line(e)
 
 @patch_to(MaskPainter)
-def _unknown(self, m, buffers): raise InputError(f'a message {str(m)[:60]}; expected do: run, cancel, view, random, save or piece')
+def _unknown(self, m, buffers): raise InputError(f'a message {str(m)[:60]}; expected do: run, history, cancel, view, random, save or piece')

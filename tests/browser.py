@@ -279,3 +279,14 @@ class Painter:
         "Ticks exactly these methods, by their titles"
         self.press('None')
         for n in names: self.root.get_by_role('checkbox', name=n, exact=True).check()
+
+
+def round_trips(painter, n):
+    "Milliseconds from mouse-up to the kernel's answer, for n strokes of three widths"
+    out = []
+    for k in range(n):
+        x, y = 30 + 60*(k % 7), 30 + 55*(k//7 % 4)
+        painter.width((9, 16, 5)[k % 3])
+        painter.stroke([(x, y), (x + 30, y + 11.3), (x + 12, y + 30)], steps=3)
+        painter.heard(); out.append(painter.number('round-trip'))
+    return out

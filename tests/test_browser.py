@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import browser
-from browser import Lab, Painter, Server, chromium, complaints, fetch, keep, write_notebook
+from browser import Lab, Painter, Server, chromium, complaints, fetch, keep, round_trips, write_notebook
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
 
@@ -150,12 +150,7 @@ def test_run_all_cells_then_the_widget_is_there(lab):
 
 
 def test_round_trip_from_mouse_up_to_the_mask_in_the_kernel(lab):
-    p, trips = lab.painter, []
-    for k in range(24):
-        x, y = 30 + 60*(k % 7), 30 + 55*(k // 7)
-        p.width((9, 16, 5)[k % 3])
-        p.stroke([(x, y), (x + 30, y + 11.3), (x + 12, y + 30)], steps=3)
-        p.heard(); trips.append(p.number('round-trip'))
+    trips = round_trips(lab.painter, 24)
     lab.agree()
     report = dict(strokes=len(trips), median_ms=float(np.median(trips)), p90_ms=float(np.percentile(trips, 90)), all_ms=trips)
     (browser.SHOTS/'round_trip.json').write_text(json.dumps(report, indent=1))

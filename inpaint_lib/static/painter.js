@@ -1201,6 +1201,7 @@ class App {
 
   /** A change that the kernel will answer with `heard`. */
   ask(values) {
+    clearTimeout(this.doubt);
     this.sentAt = performance.now();
     this.put(values);
     this.waitForKernel();
@@ -1219,9 +1220,20 @@ class App {
       this.sentAt = null;
     }
     clearTimeout(this.patience);
+    clearTimeout(this.doubt);
+    if (!this.agreed) this.doubt = setTimeout(() => this.insist(), 800);
     this.late = false;
     this.showHole();
   }
+
+  /** Does the kernel have the history that is seen here? */
+  get agreed() {
+    const { n, position, hole } = this.get('heard', {});
+    return n === this.strokes.length && position === this.position && (hole === this.board.hole || !!this.stage.live);
+  }
+
+  /** Both sides drew at the same moment, each unaware of the other, and nothing has moved since: what is seen here counts. */
+  insist() { if (!this.agreed) this.send({ do: 'history', strokes: this.strokes, position: this.position }); }
 
   /** The history moved: bring the board along, unless a stroke is under way (then at its end). */
   follow() {
@@ -1351,6 +1363,7 @@ class App {
     this.closed = true;
     for (const ending of this.endings) ending();
     clearTimeout(this.patience);
+    clearTimeout(this.doubt);
     cancelAnimationFrame(this.stage.frame);
     this.root.remove();
   }
