@@ -23,8 +23,7 @@ demo: setup  ## train a small EdgeConnect on real photographs, headlessly, and e
 	@$(PY) tests/demo.py
 
 app: setup  ## paint a hole and watch it filled: prints the address of a page on this machine only (PORT=8866)
-	@echo "Open the address below (with its token) in a browser of this machine; Ctrl+C ends it."
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/voila nbs/35_app.ipynb --token --no-browser --Voila.ip=127.0.0.1 --port=$(or $(PORT),8866)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/inpaint demo --no-browser --port $(or $(PORT),8866)
 
 film: setup  ## figures/demo.webp anew, from real painting in a headless Chromium
 	@$(PY) tests/film.py figures/demo.webp

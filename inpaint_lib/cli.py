@@ -231,22 +231,35 @@ def methods(args):
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in rows: print('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
 
-# %% ../nbs/34_cli.ipynb #801b9e68
-def app_command(port:int=8866, browser:bool=True)->list:
+# %% ../nbs/34_cli.ipynb #63428739
+def _free_port(port):
+    "`port`, or the next free one; 0 = any"
+    import socket
+    for p in range(port, min(port + 50, 65536)):
+        with socket.socket() as s:
+            try: s.bind(('127.0.0.1', p)); return s.getsockname()[1]
+            except OSError: pass
+    from inpaint_lib.core import InputError
+    raise InputError(f'--port {port}: not free, nor are the 49 after it; expected another')
+
+def app_command(port:int=8866, token:str='', browser:bool=True)->list:
     "The command line that serves nbs/35_app.ipynb; `InputError`: not a checkout, no Voila, no such port"
     import importlib.util
     from inpaint_lib.core import InputError
     page = notebook('35_app')
     if importlib.util.find_spec('voila') is None: raise InputError("the page is served by Voila, which is not installed: pip install 'inpaint_lib[app]'")
     if not 0 <= port <= 65535: raise InputError(f'--port {port}: expected 0 to 65535')
-    return [sys.executable, '-m', 'voila', str(page), f'--port={port}', '--Voila.ip=127.0.0.1', *([] if browser else ['--no-browser'])]
+    return [sys.executable, '-m', 'voila', str(page), f'--port={_free_port(port)}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0', f'--token={token}',
+            *([] if browser else ['--no-browser'])]
 
 def demo(args):
     "Serve the page until Ctrl+C"
-    import subprocess
+    import secrets, subprocess
     from inpaint_lib.core import InputError
-    line = app_command(args.port, not args.no_browser)
-    print(f'http://127.0.0.1:{args.port}/ (Ctrl+C ends it)', flush=True)
+    token = secrets.token_hex(16)
+    line = app_command(args.port, token, not args.no_browser)
+    port = next(word for word in line if word.startswith('--port=')).removeprefix('--port=')
+    print(f'Open http://127.0.0.1:{port}/?token={token} in a browser of this machine; Ctrl+C ends it', flush=True)
     if (code := subprocess.call(line)): raise InputError(f'Voila ended with exit code {code}; its messages are above')
 
 # %% ../nbs/34_cli.ipynb #e04fbccd

@@ -33,12 +33,18 @@ def eighths(points)->list:  # of [x, y]
     return (np.floor(np.asarray(points, float)*8 + .5)/8).tolist()
 
 # %% ../nbs/33_demo.ipynb #7cecdc8d
-def line_pixels(p, q)->tuple:  # columns, rows: (n+1) whole numbers each, maybe outside of the picture
-    "The pixels of a line one pixel wide from `p` to `q`, both (x, y)"
-    (x0, y0), (x1, y1) = p, q
-    n = math.ceil(max(abs(x1 - x0), abs(y1 - y0)))
-    k = np.arange(n + 1)
-    return tuple(np.floor(a + (b - a)*k/max(n, 1)).astype(int) for a, b in ((x0, x1), (y0, y1)))
+def line_pixels(p, q,         # (x, y) of both ends
+                within=None,  # ((left, right), (top, bottom)): leave out steps that can't fall in there
+               )->tuple:      # columns, rows: whole numbers, maybe outside of the picture
+    "The pixels of a line one pixel wide"
+    sides = [*zip(p, q)]
+    n = last = math.ceil(max(abs(b - a) for a, b in sides)); first = 0
+    for (a, b), (lo, hi) in zip(sides, within or ()):
+        if a == b: last = last if lo <= a < hi else -1; continue
+        ends = sorted((v - a)*n/(b - a) for v in (lo, hi))
+        first, last = max(first, math.floor(ends[0]) - 1), min(last, math.ceil(ends[1]) + 1)
+    k = np.arange(first, last + 1)
+    return tuple(np.floor(a + (b - a)*k/max(n, 1)).astype(int) for a, b in sides)
 
 # %% ../nbs/33_demo.ipynb #22410039
 def capsule(p, q, width,  # (x, y) of both ends, and the diameter
@@ -72,7 +78,7 @@ def _piece(inside, p, q, width, top, left):
     "Mark one straight piece in `inside`, the window of the picture that begins at (top, left)"
     bottom, right = top + inside.shape[0], left + inside.shape[1]
     if width == 1:
-        x, y = line_pixels(p, q)
+        x, y = line_pixels(p, q, ((left, right), (top, bottom)))
         seen = (x >= left) & (x < right) & (y >= top) & (y < bottom)
         inside[y[seen] - top, x[seen] - left] = True
         return
@@ -440,7 +446,8 @@ def fill(self, job, method, variant='', note='', **guide)->bool:
         result = self.one(job, method, card, guide)
         card |= dict(picture=picture_bytes(_as_shown(result.image)), views=list(result.views))
         self._keep(job, card, layer, result)
-    except Exception as e:
+    except BaseException as e:                                # a method that calls sys.exit() has failed, no more
+        if isinstance(e, (Cancelled, KeyboardInterrupt)): raise
         _log.debug('%s failed', key, exc_info=True)
         self.results.pop(key, None); self.failures[key], card['error'] = e, one_line(e)
     job.cards.append(card); self.tell(card=card)
@@ -455,7 +462,7 @@ def _keep(self, job, card, layer, result):
     if key != card['method'] or layer not in BASE_VIEW: return
     view = result.views[BASE_VIEW[layer]]
     self.bases[layer] = job.key, view[0].numpy() if layer == 'edges' else view.numpy()
-    self.tell(base=(layer, picture_bytes(_as_shown(view), exact=math.inf)))
+    self.tell(base=(layer, dict(picture=picture_bytes(_as_shown(view), exact=math.inf), mask_key=job.key)))
 
 # %% ../nbs/33_demo.ipynb #65b763a9
 @patch_to(Bench)
@@ -497,7 +504,8 @@ def _shared(trait, **kw):
 
 # %% ../nbs/33_demo.ipynb #6ca7299a
 class OneAtATime(anywidget.AnyWidget):
-    "A widget whose traits are changed by one thread at a time"
+    "A widget whose traits are changed by one thread at a time, and by the browser only where `written` names them"
+    written = ()
     def __init__(self, **traits):
         self._lock, self._holder, self._browser = threading.RLock(), None, {}
         super().__init__(**traits)
@@ -518,12 +526,23 @@ class OneAtATime(anywidget.AnyWidget):
 # %% ../nbs/33_demo.ipynb #3cb1cfd2
 @patch_to(OneAtATime)
 def set_state(self, sync_data):
-    "What the browser sends; what is no value for a trait becomes a line in `error`"
+    "What the browser sends; what it may not change, and what is no value for a trait, becomes a line in `error`"
+    taken = {k: v for k, v in sync_data.items() if k in self.written}
     with self._alone():
-        self._browser = sync_data
-        try: super(OneAtATime, self).set_state(sync_data)
+        if refused := [k for k in sync_data if k not in taken]:
+            self.error = f"the browser sent {', '.join(map(str, refused))[:60]}; expected only {', '.join(self.written)}"
+            self.send_state([k for k in refused if k in self.keys])
+        self._browser = taken
+        try: super(OneAtATime, self).set_state(taken)
         except traitlets.TraitError as e: self.error = one_line(InputError(e))
         finally: self._browser = {}
+
+# %% ../nbs/33_demo.ipynb #e481a6f4
+@patch_to(OneAtATime)
+def open(self):
+    "Begin to talk to the browser. Its messages go to the thread of the kernel that it names, whoever spoke last"
+    super(OneAtATime, self).open()
+    if hasattr(self.comm, '_reply_subshell_for'): self.comm._reply_subshell_for = lambda data, asked: asked
 
 # %% ../nbs/33_demo.ipynb #1088f2b4
 class MaskPainter(OneAtATime):
@@ -532,11 +551,12 @@ class MaskPainter(OneAtATime):
     image: what `load_inpainter` takes, one picture; None: chelsea, which no shipped weights have seen. methods: keys of
     METHODS (all); chosen: those that Fill runs (EdgeConnect, if there). checkpoints: method -> weights. `InputError` for others"""
     _esm, _css = STATIC/'painter.js', STATIC/'painter.css'
+    written = 'strokes', 'position', 'layer', 'chosen', 'error', '_view_count'         # by the browser
     picture, size, title = _shared(traitlets.Bytes()), _shared(traitlets.List()), _shared(traitlets.Unicode())
     strokes = _shared(traitlets.List(), echo_update=False)    # the browser draws before it sends; an echo would come late
     position = _shared(traitlets.Int(0), echo_update=False)
     layer, layers = _shared(traitlets.Unicode('mask')), _shared(traitlets.List())
-    bases, bins = _shared(traitlets.Dict()), _shared(traitlets.List())      # layer -> what lies under it, PNG
+    bases, bins = _shared(traitlets.Dict()), _shared(traitlets.List())      # layer -> {picture: PNG, mask_key}
     methods, chosen = _shared(traitlets.List()), _shared(traitlets.List())
     cards, mask_key, shown = _shared(traitlets.List()), _shared(traitlets.Unicode()), _shared(traitlets.Dict())
     status, heard = _shared(traitlets.Dict(_READY)), _shared(traitlets.Dict())
@@ -625,8 +645,8 @@ def draw(self, tool, points=(), *, width=16, layer='mask', erase=False, color=No
     elif tool in TOOLS[:4]: s['points'] = eighths(points)
     if color is not None: s['color'] = color
     check_stroke(s, size)
-    past = self.strokes[:self.position]
-    with self._alone(), self.hold_trait_notifications(): self.strokes, self.position = past + [s], len(past) + 1
+    with self._alone(), self.hold_trait_notifications():
+        past = self.strokes[:self.position]; self.strokes, self.position = past + [s], len(past) + 1
 
 # %% ../nbs/33_demo.ipynb #cf46bc67
 @patch_to(MaskPainter)
@@ -655,10 +675,10 @@ def _block_sides(rng, size, n)->tuple:
 
 def random_hole(kind, ratio, size, *, seed=0)->np.ndarray:
     "A random mask (H,W) bool, 'free_form' or 'block'; its hole ratio is `ratio` to within half a per cent of the picture"
-    rng, (H, W) = keyed_rng(seed, 'painter', kind), size
     if kind not in ('free_form', 'block'): raise InputError(f"random hole of kind '{kind}'; expected free_form or block")
     if not isinstance(ratio, (int, float)) or not .001 <= ratio <= .95:
         raise InputError(f'hole ratio {ratio}; expected a number from 0.001 to 0.95')
+    rng, (H, W) = keyed_rng(seed, 'painter', kind), size
     n = max(1, round(ratio*H*W))
     if kind == 'block': return block_mask(rng, size, _block_sides(rng, size, n))
     return paint_exactly(rng, n, size, None, (.04, .08 + .3*ratio), 0)
@@ -675,6 +695,11 @@ def _tell(self, *, status=None, card=None, base=None):
         if status and not (status['state'] == 'running' and self._job.switch.asked): self.status = status
 
 # %% ../nbs/33_demo.ipynb #dbaab09c
+def _names(some)->list:
+    "The names of methods, each once"
+    if isinstance(some, (list, tuple)) and all(isinstance(m, str) for m in some): return list(dict.fromkeys(some))
+    raise InputError(f'methods {str(some)[:60]}; expected a list of names')
+
 @patch_to(MaskPainter)
 def _new_job(self, methods):
     "Copies of all that a person may change meanwhile; `InputError` if there is nothing to run"
@@ -694,8 +719,8 @@ def _new_job(self, methods):
 @patch_to(MaskPainter)
 def run(self, *methods):
     "Fill with these methods (those chosen), in the background. `InputError`: unknown, none, empty or full mask, already running"
-    self._job = job = self._new_job(list(dict.fromkeys(methods or self.chosen)))
     with self._alone():
+        self._job = job = self._new_job(_names(methods or self.chosen))
         self.error, self.status = '', _READY | dict(state='running', text='starting', of=len(job.methods), started=time.time())
     self._thread = threading.Thread(target=self._bench.work, args=(job,), daemon=True, name='inpaint_lib fill')
     self._thread.start()
@@ -748,6 +773,16 @@ def failures(self)->dict:
     return dict(self._bench.failures)
 
 # %% ../nbs/33_demo.ipynb #57136452
+_NOTHING = dict(edges=0, structure=.5)    # in a hole that a base was not made for
+
+@patch_to(MaskPainter)
+def _with_base(self, layer)->np.ndarray:  # floats, as `edited`
+    "What was drawn on 'edges' or 'structure', over its base; a base of another mask counts only outside of the present hole"
+    mask, drawn = self._drawing.layer('mask'), self._drawing.layer(layer)
+    key, base = self._bench.bases.get(layer, ('', np.float32(_NOTHING[layer])))
+    return edited(layer, base if key == _key(mask) else np.where(mask, _NOTHING[layer], base), drawn)
+
+# %% ../nbs/33_demo.ipynb #b503dd78
 @patch_to(MaskPainter)
 @property
 def sketch(self)->np.ndarray:
@@ -757,28 +792,28 @@ def sketch(self)->np.ndarray:
 @patch_to(MaskPainter)
 @property
 def edges(self)->np.ndarray:
-    "(H,W) bool: the edges of the last EdgeConnect run (0.5 and above) with what was drawn and erased since"
-    drawn = self._drawing.layer('edges')
-    base = self._bench.bases['edges'][1] if 'edges' in self._bench.bases else np.zeros(drawn.shape, np.float32)
-    return edited('edges', base, drawn) >= .5
+    """(H,W) bool: the edges of the last EdgeConnect run (0.5 and above) with what was drawn and erased since. If that run
+    had another mask: in the present hole only what was drawn, until the next one"""
+    return self._with_base('edges') >= .5
 
 @patch_to(MaskPainter)
 @property
 def structure(self)->np.ndarray|None:
-    "(H,W,3) uint8: the structure of the last StructureFlow run with what was painted since; None before"
+    """(H,W,3) uint8: the structure of the last StructureFlow run with what was painted since; None before. If that run
+    had another mask: in the present hole grey and what was painted, until the next one"""
     if 'structure' not in self._bench.bases: return None
-    return _as_shown(torch.from_numpy(edited('structure', self._bench.bases['structure'][1], self._drawing.layer('structure'))))
+    return _as_shown(torch.from_numpy(self._with_base('structure')))
 
 # %% ../nbs/33_demo.ipynb #a1027e69
 @patch_to(MaskPainter)
 def open(self, image=None, *, title=None):
     "Another picture, with an empty history. Without one: ipywidgets' own `open`, which begins to talk to the browser"
     if image is None: return super(MaskPainter, self).open()
-    if self.status['state'] != 'ready': raise InputError('a fill is running; expected its end, or Cancel, before another picture')
-    new = self._take_picture(image, _name(image) if title is None else title) | dict(zip(('strokes', 'position'), ([], 0)))
-    self._good = new['strokes'], 0
-    self._bench.forget()
     with self._alone(), self.hold_sync(), self.hold_trait_notifications():
+        if self.status['state'] != 'ready': raise InputError('a fill is running; expected its end, or Cancel, before another picture')
+        new = self._take_picture(image, _name(image) if title is None else title) | dict(zip(('strokes', 'position'), ([], 0)))
+        self._good = new['strokes'], 0
+        self._bench.forget()
         for k, v in (new | dict(bases={}, cards=[], shown={}, error='', layer='mask')).items(): setattr(self, k, v)
 
 @patch_to(MaskPainter)
@@ -799,7 +834,7 @@ def _finished(self, key=None)->tuple:
     results = self._bench.results
     if not results: raise InputError('no result yet; expected a fill first')
     key = key or next(reversed(results))
-    if key not in results: raise InputError(f"no result '{key}'; expected one of {', '.join(results)}")
+    if key not in [*results]: raise InputError(f"no result '{key}'; expected one of {', '.join(results)}")
     return key, results[key]
 
 @patch_to(MaskPainter)
@@ -807,7 +842,7 @@ def view(self, key, name='result')->np.ndarray:  # uint8 (H,W) or (H,W,3)
     "What a method worked with, shown in the widget: 'result', 'pred' or a view of its card"
     key, r = self._finished(key)
     known = {'result': r.image, 'pred': r.pred} | r.views
-    if name not in known: raise InputError(f"{key} has no view '{name}'; expected one of {', '.join(known)}")
+    if name not in [*known]: raise InputError(f"{key} has no view '{name}'; expected one of {', '.join(known)}")
     a = _as_shown(known[name])
     with self._alone(): self.shown = dict(key=key, name=name, picture=picture_bytes(a), turn=time.time())
     return a
@@ -857,7 +892,7 @@ def _on_history(self, m, buffers): self.set_state({k: m[k] for k in ('strokes', 
 def _on_run(self, m, buffers):
     self.error = ''
     if 'strokes' in m: self._on_history(m, buffers)           # it may be ahead of the state
-    if not self.error: self.run(*m.get('methods', ()))
+    if not self.error: self.run(*_names(m.get('methods', [])))
 
 @patch_to(MaskPainter)
 def _on_cancel(self, m, buffers): self.cancel()
@@ -878,13 +913,14 @@ def _on_save(self, m, buffers):
         path = Path(folder)/f'{name}.png'
         try: self.save(path, what, key)
         except InputError: path = path.with_suffix('.tif'); self.save(path, what, key)    # a mode that PNG does not hold
-        self.send({'did': 'save', 'name': path.name}, buffers=[path.read_bytes()])
+        self.send({'did': 'save', 'name': path.name, 'id': m.get('id')}, buffers=[path.read_bytes()])
 
 # %% ../nbs/33_demo.ipynb #95cb05b0
 @patch_to(MaskPainter)
 def _on_piece(self, m, buffers):
     what, name, index, of = m.get('what'), str(m.get('name')), m.get('index'), m.get('of')
-    if what not in ('picture', 'mask') or not (_whole(index, 0, 999) and _whole(of, index + 1, 1000)) or len(buffers or ()) != 1:
+    counted = type(index) is type(of) is int and 0 <= index < of <= 1000
+    if what not in ('picture', 'mask') or not counted or len(buffers or ()) != 1:
         raise InputError(f"piece {index} of {of} of a '{what}'; expected a picture or a mask, whole numbers, and one buffer")
     if index == 0 or self._pending[0] != (what, name, of): self._pending = (what, name, of), {}
     pieces = self._pending[1]; pieces[index] = bytes(buffers[0])

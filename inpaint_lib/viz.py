@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAP', 'TITLE', 'LABEL', 'KNOWN', 'HALLUCINATED', 'NOT_TERMS', 'encode', 'Picture', 'to_picture', 'image_rows',
            'image_row', 'to_grid', 'edge_overlay', 'offset_colours', 'colour_wheel', 'arrows', 'arrow_picture',
-           'principal_colours', 'heat', 'read_records', 'running_mean', 'plot_curves', 'save_figure']
+           'offset_views', 'principal_colours', 'heat', 'read_records', 'running_mean', 'plot_curves', 'save_figure']
 
 # %% ../nbs/05_viz.ipynb #b1683785
 import base64, io, json, math
@@ -216,6 +216,16 @@ def _drawn(start, end, colours, size):
             tip = min(.5, 4*thick/max(np.hypot(*(q - p)), 1e-9))
             cv2.arrowedLine(image, a, b, 255 if extra else c.tolist(), thick + extra, cv2.LINE_AA, 4, tip)
     return torch.tensor(ink).movedim(-1, 0)/255, torch.tensor(cover)[None]/255
+
+# %% ../nbs/05_viz.ipynb #0c381760
+def offset_views(offsets:Tensor,  # (B,2,h,w) displacement (rows, columns) in cells
+                 picture:Tensor,  # (B,3,H,W) in [0,1]
+                 mask:Tensor,     # (B,1,H,W), arrows start where it is not 0
+                )->tuple:         # colours, arrows: (B,3,H,W) in [0,1]
+    "Where was copied from, in two pictures"
+    colours = torch.nn.functional.interpolate(offset_colours(offsets).to(picture), picture.shape[-2:], mode='nearest')
+    hole = torch.nn.functional.adaptive_max_pool2d(mask, offsets.shape[-2:])
+    return colours, arrow_picture(picture, offsets, hole, step=max(2, offsets.shape[-1]//12)).to(picture)
 
 # %% ../nbs/05_viz.ipynb #7269bc39
 def principal_colours(x:Tensor,  # (B,C,h,w) features

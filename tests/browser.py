@@ -225,10 +225,11 @@ class Painter:
 
     def until(self, seconds=30, **wanted):
         "Waits until data attributes have these values: until(position=3, state='ready')"
-        where = ''.join(f'[data-{k.replace("_", "-")}="{v}"]' for k, v in wanted.items())
-        try: self.page.locator(f'.ip-painter{where}').first.wait_for(state='attached', timeout=seconds*1000)
-        except Exception as e:
-            raise AssertionError(f'waited {seconds} s for {where}; found { {k: self.data(k.replace("_", "-")) for k in wanted} }') from e
+        found = lambda: {k: self.data(k.replace('_', '-')) for k in wanted}
+        try:
+            self.page.wait_for_function('([r, wanted]) => wanted.every(([k, v]) => r.getAttribute("data-" + k) === v)', timeout=seconds*1000,
+                                        arg=[self.root.element_handle(), [[k.replace('_', '-'), str(v)] for k, v in wanted.items()]])
+        except Exception as e: raise AssertionError(f'waited {seconds} s for {wanted}; found {found()}') from e
         return self
 
     def heard(self, seconds=20):
@@ -242,11 +243,16 @@ class Painter:
     def radio(self, name): return self.root.get_by_role('radio', name=name, exact=True)
     def card(self, key): return self.root.locator(f'article.ip-card[data-key="{key}"]')
 
-    def at(self, x, y):
-        "Where an image point is on the page now"
+    def view(self):
+        "(scale, x, y): page pixels per image pixel, and where the picture's corner is on the page now"
         box = self.canvas.bounding_box()
         scale, tx, ty = map(float, self.canvas.get_attribute('data-view').split())
-        return box['x'] + tx + x*scale, box['y'] + ty + y*scale
+        return scale, box['x'] + tx, box['y'] + ty
+
+    def at(self, x, y):
+        "Where an image point is on the page now"
+        scale, left, top = self.view()
+        return left + x*scale, top + y*scale
 
     def stroke(self, points, steps=6, between=None):
         "Presses at the first point, moves through the others, lets go"
@@ -279,6 +285,30 @@ class Painter:
         "Ticks exactly these methods, by their titles"
         self.press('None')
         for n in names: self.root.get_by_role('checkbox', name=n, exact=True).check()
+
+
+def eventually(true, seconds=10):
+    "Asks until the answer is yes"
+    end = time.time() + seconds
+    while not true():
+        if time.time() > end: return False
+        time.sleep(.02)
+    return True
+
+
+LONG = 300, 80   # strokes in a history that somebody has worked on for a while, and points of each
+LONG_HISTORY = f"""import numpy as _np
+_rng = _np.random.default_rng(0)
+_p = _rng.uniform(0, 200, ({LONG[0]}, 1, 2)) + _rng.integers(0, 400, ({LONG[0]}, {LONG[1]}, 2))/8
+_p = (_np.round(_p*8)/8).tolist()
+painter.strokes = [dict(layer='mask', tool='brush', erase=k > 0, width=4, points=q) for k, q in enumerate(_p)]"""
+
+
+def long_trips(painter, kernel, n=15):
+    "Round trips on a history of 300 strokes of 80 points"
+    kernel.run(LONG_HISTORY)
+    painter.until(position=LONG[0], seconds=60); painter.heard(60)
+    return round_trips(painter, n)
 
 
 def round_trips(painter, n):

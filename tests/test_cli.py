@@ -1,6 +1,11 @@
 "The command `inpaint`: what it writes, its exit codes, and one line for each mistake"
+import os
+import signal
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -333,3 +338,21 @@ def test_the_installed_command_answers_in_one_line(tmp_path):
     r = subprocess.run([Path(sys.executable).parent/'inpaint', 'fill', tmp_path/'no.png', tmp_path/'m.png', '--method', 'edge_connect',
                         '--out', tmp_path/'o.png'], capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr
+
+
+def test_the_page_is_served_on_a_free_port_to_those_with_its_token():
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0)); taken.listen(); port = taken.getsockname()[1]
+        p = subprocess.Popen([Path(sys.executable).with_name('inpaint'), 'demo', '--no-browser', '--port', str(port)], stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            address = next(word for word in p.stdout.readline().split() if word.startswith('http'))
+            for line in p.stdout:
+                if 'running at' in line: break
+            assert f':{port}/' not in address and 'token=' in address
+            root, token = address.split('?')
+            with urllib.request.urlopen(root, timeout=20) as r: assert '/login' in r.url                       # nobody without the token
+            with urllib.request.urlopen(f'{root}api/kernels', timeout=20) as r: assert '/login' in r.url
+            with pytest.raises(urllib.error.HTTPError, match='403'): urllib.request.urlopen(f'{root}api/kernels?{token}', timeout=20)   # let in; Voila lists none
+        finally:
+            os.killpg(p.pid, signal.SIGTERM); p.wait(20)

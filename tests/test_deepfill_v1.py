@@ -287,7 +287,7 @@ def test_fill():
     G, b = df.DeepFillV1Generator(.05).eval(), toy(2, 32, torch.float32)
     image, m = b['image'], b['mask']
     out = df.fill(G, image, m)
-    assert list(out) == ['pred', 'comp', 'coarse', 'offsets'] and all(v.shape == image.shape for v in out.values())
+    assert list(out) == ['pred', 'comp', 'coarse', 'offsets', 'attention arrows'] and all(v.shape == image.shape for v in out.values())
     assert all(0 <= v.min() and v.max() <= 1 for v in out.values())
     other = df.fill(G, torch.where(m > 0, torch.rand_like(image), image), m)
     assert all(torch.equal(out[k], other[k]) for k in out)

@@ -305,7 +305,7 @@ def test_fill_sees_nothing_below_the_mask(in_ch):
     for x in (torch.where(mask > 0, torch.rand_like(image), image), fill_hole(image, mask, math.nan)):
         c = v2.fill(G, x, mask)
         assert all(torch.equal(a[k], c[k]) for k in a)
-    assert {k: v.shape[1] for k, v in a.items()} == dict(pred=3, comp=3, coarse=3, offsets=3, **{f'gate {n}': 1 for n in ('conv1', 'conv5', 'allconv14')})
+    assert {k: v.shape[1] for k, v in a.items()} == dict(pred=3, comp=3, coarse=3, offsets=3, **{'attention arrows': 3}, **{f'gate {n}': 1 for n in ('conv1', 'conv5', 'allconv14')})
     assert all(v.shape[-2:] == image.shape[-2:] and 0 <= v.min() and v.max() <= 1 for v in a.values())
     assert not any(m._forward_hooks for m in G.modules())
 
@@ -321,7 +321,7 @@ def test_fill_takes_a_sketch():
 
 def test_ungated_networks_have_no_gates_to_show():
     b = toy(1, dtype=torch.float32)
-    for conv in ('partial', 'vanilla'): assert set(v2.fill(v2.DeepFillV2Generator(W, conv=conv), b['image'], b['mask'])) == {'pred', 'comp', 'coarse', 'offsets'}
+    for conv in ('partial', 'vanilla'): assert set(v2.fill(v2.DeepFillV2Generator(W, conv=conv), b['image'], b['mask'])) == {'pred', 'comp', 'coarse', 'offsets', 'attention arrows'}
 
 
 def test_gates_of_chosen_layers():

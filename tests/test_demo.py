@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from PIL import Image
 from inpaint_lib import demo
 from inpaint_lib.core import InputError
 from inpaint_lib.data.images import builtin_photograph
-from inpaint_lib.demo import (Bench, Cancelled, Drawing, MaskPainter, Switch, capsule, check_stroke, edited, eighths, from_runs, paint, picture_bytes,
+from inpaint_lib.demo import (Bench, Cancelled, Drawing, MaskPainter, Switch, capsule, check_stroke, edited, eighths, from_runs, line_pixels, paint, picture_bytes,
                               random_hole, rasterize, to_runs, warned)
 from inpaint_lib.inference import METHODS, find_weights, load_inpainter
 
@@ -148,6 +149,24 @@ def test_bands_of_a_long_line_lose_no_pixel():
         assert np.array_equal(rasterize([stroke('line', [p, q], width)], (700, 900)), capsule(p, q, width, rows, cols))
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_a_thin_line_is_clipped_to_the_same_pixels(seed):
+    rng = np.random.default_rng(seed)
+    for k in range(60):
+        reach = (12, 300, 40_000, 1e6)[k % 4]
+        p, q = eighths(np.clip(rng.normal((16, 12), reach/2, (2, 2)), -9e5, 9e5))
+        if k % 7 == 0: q[k % 2] = p[k % 2]
+        if k % 5 == 0: q = eighths([2*np.array((16, 12)) - p + rng.uniform(-9, 9, 2)])[0]                 # through the picture
+        x, y = line_pixels(p, q); want = np.zeros((24, 32), bool)
+        seen = (x >= 0) & (x < 32) & (y >= 0) & (y < 24); want[y[seen], x[seen]] = True
+        assert np.array_equal(rasterize([stroke('line', [p, q], 1)], (24, 32)), want), (p, q)
+
+
+def test_points_far_away_cost_nothing():
+    s = stroke('brush', [(-1e6, -1e6), (1e6, 1e6 - 5), (-1e6, 30), (1e6, 30.5)]*20, 1); at = time.perf_counter()
+    assert rasterize([s], (1000, 1000)).sum() > 1000 and time.perf_counter() - at < .5
+
+
 def test_eighths_round_half_upwards_as_javascript():
     assert eighths([(.0625, -.0625), (-.1875, 2.3)]) == [[.125, 0.], [-.125, 2.25]]
 
@@ -262,6 +281,16 @@ def test_the_mask_key_changes_with_the_mask_alone(drawn):
     drawn.draw('brush', LINE, layer='sketch'); assert drawn.mask_key == key
     drawn.draw('rect', [(0, 0), (2, 2)]); assert drawn.mask_key != key
     drawn.undo(); assert drawn.mask_key == key
+
+
+@pytest.mark.parametrize('name', ['heard', 'bases', 'cards', 'picture', 'status', 'mask_key', 'methods', 'size', 'shown', 'layers', 'title', '_esm', 'nonsense'])
+def test_what_the_browser_may_not_write_is_refused_and_sent_back(drawn, monkeypatch, name):
+    sent, before = [], getattr(drawn, name, None)
+    monkeypatch.setattr(drawn, '_send', lambda msg, buffers=None: sent.append(msg))
+    drawn.set_state({name: {} if isinstance(before, dict) else 'x', 'layer': 'sketch'})
+    assert getattr(drawn, name, None) == before and drawn.layer == 'sketch' and f'sent {name}; expected only strokes' in drawn.error
+    assert name == 'nonsense' or any(m['method'] == 'update' and name in m['state'] or [name] in m['buffer_paths'] for m in sent)
+    assert not any(m['method'] == 'echo_update' and name in m['state'] for m in sent)
 
 
 @pytest.mark.parametrize('state', [dict(strokes='text'), dict(strokes=None), dict(position='far'), dict(chosen=5), dict(strokes=[3], position=1)])
@@ -597,6 +626,14 @@ def test_one_method_fails_while_others_succeed(drawn, monkeypatch):
     monkeypatch.undo(); drawn._bench.loaded.clear(); drawn.fill('copy_mean'); assert 'copy_mean' not in drawn.failures and not drawn.cards[1]['error']
 
 
+@pytest.mark.parametrize('kind', [SystemExit, GeneratorExit, type('Odd', (BaseException,), {})])
+def test_a_method_that_exits_is_a_failed_method(drawn, monkeypatch, kind):
+    def leave(image, mask): raise kind('gone')
+    use(monkeypatch, telea=leave)
+    assert list(drawn.fill('copy_mean', 'telea', 'navier_stokes')) == ['copy_mean', 'navier_stokes']
+    assert drawn.cards[1]['error'] == f'{kind.__name__}: gone' and drawn.status['text'].endswith('failed: Telea')
+
+
 def test_a_failing_rerun_takes_its_result_away(drawn, monkeypatch):
     drawn.fill('telea', 'patch'); drawn._bench.loaded['telea'] = Fake(lambda *a: 1/0)
     drawn.fill('telea', 'patch'); assert list(drawn.results) == ['patch'] and drawn.cards[0]['picture'] == b''
@@ -706,7 +743,7 @@ def with_edges(drawn):
 
 def test_the_edges_of_the_first_run_lie_under_the_layer(with_edges):
     p, view = with_edges, with_edges.results['edge_connect'].views['edges'][0].numpy()
-    sent = np.asarray(Image.open(io.BytesIO(p.bases['edges'])))
+    sent = np.asarray(Image.open(io.BytesIO(p.bases['edges']['picture'])))
     assert sent.dtype == np.uint8 and np.array_equal(sent, np.rint(view*255)) and np.array_equal(p.edges, view >= .5)
     p.draw('rect', [(20, 18), (26, 24)], layer='edges'); assert p.edges[18:24, 20:26].all()
     p.draw('rect', [(20, 18), (26, 24)], layer='edges', erase=True); assert not p.edges[18:24, 20:26].any()
@@ -737,6 +774,27 @@ def test_another_mask_makes_a_new_base_first(with_edges):
     assert list(p.fill('edge_connect')) == ['edge_connect:edited'] and counts == dict(InpaintGenerator=3, EdgeGenerator=1)
 
 
+def test_a_base_of_another_mask_says_nothing_inside_of_the_present_hole(with_edges):
+    p, key, first = with_edges, with_edges.mask_key, with_edges.edges; assert p.bases['edges']['mask_key'] == key
+    p.clear(); assert np.array_equal(p.edges, first)                                     # no hole, nothing to hide
+    p.draw('rect', [(2, 26), (60, 46)]); new = p.mask
+    assert (first & new).any() and not (p.edges & new).any() and np.array_equal(p.edges[~new], first[~new])
+    p.draw('line', [(10, 36), (40, 40)], width=1, layer='edges'); line = rasterize(p.strokes, (H, W), layer='edges') > 0
+    assert np.array_equal(p.edges & new, line)
+    p.undo(); p.undo(); p.undo(); assert p.mask_key == key and np.array_equal(p.edges, first)   # the mask it was made for
+    p.redo(); p.redo(); p.fill('edge_connect'); assert p.bases['edges']['mask_key'] == p.mask_key != key
+    assert np.array_equal(p.edges, p.results['edge_connect'].views['edges'][0].numpy() >= .5)
+
+
+def test_a_structure_of_another_mask_is_grey_inside_of_the_present_hole(drawn):
+    drawn.fill('structure_flow'); base, old = drawn.structure, drawn.bases['structure']['mask_key']; assert old == drawn.mask_key
+    drawn.clear(); drawn.draw('rect', [(2, 30), (60, 46)]); drawn.draw('rect', [(4, 32), (9, 40)], layer='structure', color='#ff0080')
+    painted = drawn._drawing.layer('structure')[..., 3] > 0
+    assert (drawn.structure[painted] == (255, 0, 128)).all() and (abs(drawn.structure[drawn.mask & ~painted].astype(int) - 128) <= 1).all()
+    assert np.array_equal(drawn.structure[~drawn.mask], base[~drawn.mask]) and drawn.bases['structure']['mask_key'] == old != drawn.mask_key
+    assert list(drawn.fill('structure_flow')) == ['structure_flow', 'structure_flow:edited'] and drawn.bases['structure']['mask_key'] == drawn.mask_key
+
+
 def test_edges_drawn_before_any_run(drawn):
     drawn.draw('line', [(12, 18), (38, 27)], width=1, layer='edges'); assert drawn.edges.any()
     assert list(drawn.fill('edge_connect')) == ['edge_connect', 'edge_connect:edited']
@@ -758,7 +816,7 @@ def test_a_failing_first_stage_is_not_followed_by_the_second(drawn, monkeypatch)
 def test_a_painted_structure_changes_the_hole_only(drawn):
     assert drawn.structure is None
     first = drawn.fill('structure_flow')['structure_flow']; base = drawn.structure
-    assert base.shape == (H, W, 3) and np.array_equal(base, np.asarray(Image.open(io.BytesIO(drawn.bases['structure']))))
+    assert base.shape == (H, W, 3) and np.array_equal(base, np.asarray(Image.open(io.BytesIO(drawn.bases['structure']['picture']))))
     counts = forwards(drawn, 'structure_flow')
     drawn.draw('brush', LINE, width=8, layer='structure', color='#ff0080')
     assert (drawn.structure[drawn._drawing.layer('structure')[..., 3] > 0] == (255, 0, 128)).all()
@@ -814,16 +872,19 @@ def test_save_for_the_browser(monkeypatch):
     monkeypatch.setattr(p, 'send', lambda content, buffers=None: sent.append((content, bytes(buffers[0]))))
     press(p, do='save', what='result', key=''); assert 'no result yet' in p.error and not sent
     p.draw('rect', [(5, 5), (20, 20)]); p.fill('telea')
-    press(p, do='save', what='mask'); press(p, do='save', what='result', key='telea')
-    assert [m['did'] for m, _ in sent] == ['save', 'save'] and [m['name'] for m, _ in sent] == ['é-mask.png', 'é-telea.tif']
+    press(p, do='save', what='mask', id='v1'); press(p, do='save', what='result', key='telea', id=2)
+    assert [(m['did'], m['id']) for m, _ in sent] == [('save', 'v1'), ('save', 2)] and [m['name'] for m, _ in sent] == ['é-mask.png', 'é-telea.tif']
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(sent[0][1]))) > 0, p.mask) and Image.open(io.BytesIO(sent[1][1])).mode == 'CMYK'
 
 
-@pytest.mark.parametrize('message', [{}, None, 'run', dict(do='dance'), dict(do='_unknown'), dict(do='__init__'), dict(do=['run']), dict(do='run', methods=5),
-                                     dict(do='run', methods=[['telea']]), dict(do='save', what='hat'), dict(do='view'), dict(do='random', kind=None)], ids=str)
+@pytest.mark.parametrize('message', [{}, None, 'run', dict(do='dance'), dict(do='_unknown'), dict(do='__init__'), dict(do=['run']), dict(do='run', methods=5), dict(do='run', methods=None), dict(do='run', methods=[['a']]), dict(do='run', methods='telea'),
+                                     dict(do='run', methods=[['telea']]), dict(do='save', what='hat'), dict(do='view'), dict(do='random', kind=None), dict(do='random', kind=[]), dict(do='random', ratio='x'), dict(do='random', ratio=None),
+                                     dict(do='piece', what='mask', name='n', index=0, of=1.0), dict(do='piece', what='mask', name='n', index=0.0, of=1), dict(do='piece', what=[]),
+                                     dict(do='view', key=['a'], name={}), dict(do='save', what=[]), dict(do='save', key=['a']), dict(do='history', strokes=5)], ids=str)
 def test_messages_that_are_none(drawn, message):
-    drawn._handle_custom_msg(message, [])
-    assert drawn.error and '\n' not in drawn.error and drawn.status['state'] == 'ready'
+    if isinstance(message, dict) and 'key' in message: drawn.fill('telea')
+    drawn._handle_custom_msg(message, [memoryview(b'x')])
+    assert drawn.error and '\n' not in drawn.error and not re.match(r'\w+Error', drawn.error) and drawn.status['state'] == 'ready'
     assert drawn.fill('copy_mean') and drawn.error == ''
 
 
@@ -845,7 +906,7 @@ def test_the_state_of_a_reloaded_page_is_complete_and_json(with_edges):
     state = {k: v for k, v in with_edges.get_state().items() if not k.startswith('_')}
     assert {'strokes', 'position', 'cards', 'bases', 'heard', 'status', 'methods', 'chosen', 'bins', 'layers', 'size', 'mask_key'} <= set(state)
     plain_state = json.loads(json.dumps(state, default=lambda b: 'bytes' if isinstance(b, bytes) else str(type(b))))
-    assert plain_state['cards'][0]['picture'] == 'bytes' and plain_state['bases'] == {'edges': 'bytes'}
+    assert plain_state['cards'][0]['picture'] == 'bytes' and plain_state['bases'] == {'edges': dict(picture='bytes', mask_key=with_edges.mask_key)}
 
 
 def test_a_bench_needs_no_widget():
@@ -864,3 +925,32 @@ def test_one_message_answers_a_stroke_and_a_refused_history_is_sent_back(painter
     sent.clear(); painter.set_state(dict(strokes=[good, bad], position=2))
     back = {k: v for m in sent for k, v in m['state'].items()}
     assert back['strokes'] == [good] and back['position'] == 1 and 'spray' in back['error']
+
+
+CELLS = (f"import os, time; os.chdir({str(ROOT)!r})\nfrom inpaint_lib import demo\n"
+         "class Slow:\n    guide = ''\n    def __call__(self, image, mask): time.sleep(2); return load('telea')(image, mask)\n"
+         "load, demo.load_inpainter = demo.load_inpainter, lambda *a, **k: Slow()\n"
+         "painter = demo.MaskPainter(); painter.draw('rect', [(9, 9), (40, 40)])")
+
+
+def test_a_stroke_is_answered_while_a_cell_fills_in_a_real_kernel():
+    from jupyter_client.manager import start_new_kernel
+    manager, client = start_new_kernel(kernel_name='python3', startup_timeout=120)
+    try:
+        assert client.execute_interactive(CELLS, timeout=120, output_hook=lambda m: None)['content']['status'] == 'ok'
+        said = client.execute_interactive('', user_expressions=dict(id='painter.model_id'), timeout=30, output_hook=lambda m: None)
+        comm = said['content']['user_expressions']['id']['data']['text/plain'].strip("'")
+        client.control_channel.send(client.session.msg('create_subshell_request', {}))                # as JupyterLab does
+        subshell = client.get_control_msg(timeout=30)['content']['subshell_id']
+        cell = client.execute("painter.fill('telea')")
+        def status(m): return m['content'].get('data', {}).get('state', {}).get('status', {}).get('text', '')
+        while 'filling' not in status(client.get_iopub_msg(timeout=30)): pass
+        state = dict(strokes=[stroke('rect', [(1, 1), (5, 5)])], position=1)
+        message = client.session.msg('comm_msg', dict(comm_id=comm, data=dict(method='update', state=state, buffer_paths=[])))
+        message['header']['subshell_id'] = subshell; client.shell_channel.send(message)
+        told = []
+        while not told or told[-1] != 'ready':
+            m = client.get_iopub_msg(timeout=30)
+            if m['msg_type'] == 'comm_msg': s = m['content']['data']['state']; told += [s['heard']['hole']] if 'heard' in s else [s['status']['state']] if 'status' in s else []
+        assert told == [16, 'ready'] and client.get_shell_msg(timeout=30)['parent_header']['msg_id'] == cell
+    finally: client.stop_channels(); manager.shutdown_kernel(now=True)

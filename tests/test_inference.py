@@ -523,9 +523,9 @@ def test_weights_for_a_sketch_are_found_or_the_command_is_named(tmp_path, monkey
 
 def test_views_of_deepfill(every):
     image, hole, _ = sketched()
-    assert set(every['deepfill_v1'](image, hole).views) == {'coarse', 'offsets'}
+    assert set(every['deepfill_v1'](image, hole).views) == {'coarse', 'offsets', 'attention arrows'}
     views = every['deepfill_v2'](image, hole).views
-    assert {'coarse', 'offsets'} < set(views) and sum(k.startswith('gate ') for k in views) >= 2
+    assert {'coarse', 'offsets', 'attention arrows'} < set(views) and sum(k.startswith('gate ') for k in views) >= 2
 
 
 def test_centre_networks_say_when_a_mask_is_out_of_protocol(tmp_path):

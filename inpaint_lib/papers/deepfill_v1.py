@@ -704,13 +704,14 @@ class DeepFillV1Recipe(Recipe):
 def fill(G:nn.Module,   # trained `DeepFillV1Generator`, in eval mode
          image:Tensor,  # (B,3,H,W) in [0,1]; H, W multiples of 8, 16 or more
          mask:Tensor,   # (B,1,H,W) exactly 0 or 1, 1 = hole
-        )->dict:        # pred, comp, coarse, offsets (B,3,H,W) in [0,1]; offsets: colour = from where was copied
+        )->dict:        # pred, comp, coarse, offsets, attention arrows (B,3,H,W) in [0,1]; offsets: colour = from where was copied
     "Fill the hole. Nothing below the mask has any influence. `InputError` for sizes that do not fit"
-    from inpaint_lib.viz import offset_colours
+    from inpaint_lib.viz import offset_views
     out = G.stages(G.input(2*image - 1, mask), mask)
     pred, coarse = ((out[k].to(image) + 1)/2 for k in ('refined', 'coarse'))
-    colours = F.interpolate(offset_colours(out['offsets'].to(image)), image.shape[-2:], mode='nearest')
-    return dict(pred=pred, comp=composite(pred, image, mask), coarse=coarse, offsets=colours.to(image))
+    comp = composite(pred, image, mask)
+    colours, arrows = offset_views(out['offsets'].to(image), comp, mask)
+    return {'pred': pred, 'comp': comp, 'coarse': coarse, 'offsets': colours, 'attention arrows': arrows}
 
 # %% ../../nbs/23_papers.deepfill_v1.ipynb #a2f4e019
 def boundary_jump(picture:Tensor,  # (B,C,H,W) in [0,1]: a filling, or the photograph

@@ -324,9 +324,9 @@ def fill(G:DeepFillV2Generator,  # trained, in eval mode
          mask:Tensor,            # (B,1,H,W) exactly 0 or 1, 1 = hole
          *, sketch:Tensor|None=None,  # (B,1,H,W) in [0,1], lines to follow; what lies outside the hole is ignored
          threshold:float=.6,          # a line is above it
-        )->dict:                 # pred, comp, coarse, offsets (B,3,H,W); 'gate conv1', ... (B,1,H,W); all in [0,1]
+        )->dict:                 # pred, comp, coarse, offsets, attention arrows (B,3,H,W); 'gate conv1', ... (B,1,H,W); all in [0,1]
     "Fill the hole; nothing below the mask has any influence. `InputError`: sizes, or a sketch that G can't take"
-    from inpaint_lib.viz import offset_colours
+    from inpaint_lib.viz import offset_views
     lines = drawing(G, sketch, mask, threshold)
     seen, hooks = watch_gates(G)
     try: out = G.stages(network_input(2*image - 1, mask, lines), mask)
@@ -334,9 +334,10 @@ def fill(G:DeepFillV2Generator,  # trained, in eval mode
         for h in hooks: h.remove()
     whole = lambda x: F.interpolate(x.to(image), image.shape[-2:], mode='nearest')
     pred, coarse = ((out[k].to(image).clamp(-1, 1) + 1)/2 for k in ('refined', 'coarse'))
-    views = dict(coarse=coarse, offsets=whole(offset_colours(out['offsets'].to(image))))
+    comp = composite(pred, image, mask)
+    colours, arrows = offset_views(out['offsets'].to(image), comp, mask)
     gates = {f"gate {n.split('.')[-1]}": whole(g) for n, g in seen.items()}
-    return dict(pred=pred, comp=composite(pred, image, mask)) | views | gates
+    return {'pred': pred, 'comp': comp, 'coarse': coarse, 'offsets': colours, 'attention arrows': arrows} | gates
 
 # %% ../../nbs/24_papers.deepfill_v2.ipynb #f9214306
 import numpy as np

@@ -816,11 +816,10 @@ def fill(S:nn.Module|None,  # trained `StructureGen`, in eval mode; None with `c
 # %% ../../nbs/26_papers.structure_flow.ipynb #7691eee4
 def flow_views(G, comp:Tensor, mask:Tensor, flow:Tensor, sampled:Tensor)->dict:
     "flow, flow arrows, sampled (the known picture moved by the flow), sampled features: (B,3,H,W) in [0,1]"
-    from inpaint_lib.viz import arrow_picture, offset_colours, principal_colours
+    from inpaint_lib.viz import offset_views, principal_colours
     whole = lambda t: F.interpolate(t.to(comp), comp.shape[-2:], mode='nearest')
-    hole, offsets = F.adaptive_max_pool2d(mask, flow.shape[-2:]), flow.flip(1)          # rows first
     small = F.interpolate(fill_hole(comp, mask, .5), flow.shape[-2:], mode='area')
     moved = small if G.sampling == 'none' else Resample2d(4, 1, 2., sampling=G.sampling)(small, flow)
-    arrows = arrow_picture(comp, offsets, hole, step=max(2, flow.shape[-1]//12)) if hole.any() else comp
-    return {'flow': whole(offset_colours(offsets)), 'flow arrows': arrows.to(comp), 'sampled': whole(moved),
+    colours, arrows = offset_views(flow.flip(1), comp, mask)                            # rows first
+    return {'flow': colours, 'flow arrows': arrows, 'sampled': whole(moved),
             'sampled features': whole(principal_colours(sampled.to(comp)))}

@@ -116,13 +116,6 @@ export function spans({ tool, points, width }, w, h, emit) {
   else for (let k = 1; k < points.length; k++) segmentSpans(points[k - 1], points[k], width, w, h, emit);
 }
 
-/** The pixels of a shape as a w*h array of 0 and 1. */
-export function cover(stroke, w, h) {
-  const bits = new Uint8Array(w * h);
-  spans(stroke, w, h, (i, a, b) => bits.fill(1, i * w + a, i * w + b));
-  return bits;
-}
-
 // ---------------------------------------------------------------------------------------------
 // 2 Board. Painting notes the pixels that it changes as runs (start, length, old value), so undo is
 // writing these back: its cost is that of the stroke, not of the picture.
@@ -310,11 +303,32 @@ function make(what, attributes = {}, ...children) {
   if (['button', 'input', 'select', 'canvas'].includes(tag)) node.dataset.lmSuppressShortcuts = 'true';
   for (const [name, value] of Object.entries(attributes)) {
     if (name === 'label') node.setAttribute('aria-label', value);
+    else if (name === 'onclick') node.addEventListener('click', event => { if (!isOff(node)) value(event); });
     else if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
     else if (value !== false) node.setAttribute(name, value === true ? '' : value);
   }
   node.append(...children.filter(child => child));
   return node;
+}
+
+/** Off for now, but still there for the keyboard: a button that is `disabled` drops the focus. */
+const switchOff = (node, off) => node.setAttribute('aria-disabled', !!off);
+const isOff = node => node.getAttribute('aria-disabled') === 'true';
+
+/** Make a part of the page anew; the focus stays with the control of the same name, or goes to `otherwise`. */
+function rebuild(part, otherwise, work) {
+  const nameOf = node => node.getAttribute('aria-label') || node.value || node.textContent;
+  const held = part.contains(document.activeElement) && nameOf(document.activeElement);
+  const again = work() ?? part;
+  if (!held || part.contains(document.activeElement)) return;
+  const heir = [...again.querySelectorAll('button, input')].find(node => nameOf(node) === held);
+  (heir ?? otherwise).focus({ preventScroll: true });
+}
+
+/** Scroll no farther than it takes to see the node. */
+function reveal(node) {
+  const still = matchMedia('(prefers-reduced-motion: reduce)').matches;
+  node.scrollIntoView({ block: 'nearest', behavior: still ? 'auto' : 'smooth' });
 }
 
 const ICONS = {  // 24 x 24, drawn with a round pen
@@ -372,8 +386,8 @@ const decode = bytes => isEmpty(bytes) ? null : createImageBitmap(blobOf(bytes))
 const sheet = (w, h) => make('canvas', { width: w, height: h }).getContext('2d', { willReadFrequently: true });
 const pixels = (ctx, w, h) => new Uint32Array(ctx.getImageData(0, 0, w, h).data.buffer);
 
-function download(bytes, name) {
-  const url = URL.createObjectURL(blobOf(bytes));
+function download(blob, name) {
+  const url = URL.createObjectURL(blob);
   make('a', { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
@@ -394,21 +408,21 @@ const LEGEND = { edges: [['found', '#fff'], ['drawn', '#3ccdff'], ['erased', '#f
 const DIM = { mask: 0, edges: .62, sketch: .15, structure: 0 };
 const ZOOM_STEP = 1.25;
 
-/** For each layer: (mask, data, base, w) -> the overlay's colour at pixel i. What lies outside the hole
-    never reaches a network, so it is shown fainter. */
+/** For each layer: (mask, data, base, fresh, w) -> the overlay's colour at pixel i. What lies outside the
+    hole never reaches a network, so it is shown fainter; in the hole, a base of another hole says nothing. */
 const SHADES = {
   mask: mask => i => mask[i] ? INK.hole : 0,
-  edges: (mask, data, base) => i => {
-    const grey = base ? base[i] & 255 : 0, edge = grey > 40;
+  edges: (mask, data, base, fresh) => i => {
+    const grey = base && (fresh || !mask[i]) ? base[i] & 255 : 0, edge = grey > 40;
     if (data[i]) return data[i] > 0 ? INK.drawn : edge ? INK.erased : INK.swept;
     return edge ? rgba(255, 255, 255, grey / 255 * (mask[i] ? 1 : .4)) : mask[i] ? INK.faint : 0;
   },
   sketch: (mask, data) => i => data[i] ? (mask[i] ? INK.pencil : INK.away) : mask[i] ? INK.paper : 0,
-  structure: (mask, data, base, w) => i => {
+  structure: (mask, data, base, fresh, w) => i => {
     if (!mask[i]) return data[i] && (data[i] & 0xffffff | 0x70000000) >>> 0;
     const rim = !(mask[i - 1] && mask[i + 1] && mask[i - w] && mask[i + w]);
     if (rim) return (i % w + (i / w | 0)) & 4 ? INK.light : INK.dark;         // a dashed line around the hole
-    return data[i] || (base ? base[i] : INK.faint);
+    return data[i] || (base && fresh ? base[i] : INK.faint);
   },
 };
 
@@ -428,7 +442,7 @@ class Stage {
     this.overlay = make('canvas');
     this.view = { scale: 1, x: 0, y: 0 };
     this.fitted = true;
-    this.bases = {};        // layer -> pixels of what lies under it
+    this.bases = {};        // layer -> {under: pixels of what lies under it, mask_key: of the hole it was made for}
     this.pointers = new Map();
     this.listen();
   }
@@ -452,14 +466,20 @@ class Stage {
   async setBases(bases) {
     this.wantedBases = bases;
     const [w, h] = this.app.size, found = {};
-    for (const [layer, bytes] of Object.entries(bases)) {
-      const ctx = sheet(w, h), bitmap = await decode(bytes);
+    for (const [layer, { picture, mask_key }] of Object.entries(bases)) {
+      const ctx = sheet(w, h), bitmap = await decode(picture);
       if (bitmap) ctx.drawImage(bitmap, 0, 0, w, h);
-      found[layer] = pixels(ctx, w, h);
+      found[layer] = { under: pixels(ctx, w, h), mask_key };
     }
     if (bases !== this.wantedBases) return;
     this.bases = found;
     this.invalidate();
+  }
+
+  /** Was what lies under the layer made for the present hole? (Where nothing does: yes.) */
+  get fresh() {
+    const base = this.bases[this.app.layer];
+    return !base || base.mask_key === this.app.get('mask_key');
   }
 
   // ---- size and view
@@ -490,7 +510,7 @@ class Stage {
   fit() { this.fitted = true; this.setView(this.fitting); }
 
   /** Returns whether anything moved, so that a wheel at the limit still scrolls the page. */
-  zoom(factor, at = this.room.map(v => v / 2)) {
+  zoom(factor, at = this.cross ? this.spotAt(this.cross) : this.room.map(v => v / 2)) {
     const before = this.view.scale;
     this.setView(zoomView(this.view, factor, at, this.room, this.app.size));
     this.fitted = this.view.scale <= this.fitting.scale * 1.0001;
@@ -501,6 +521,8 @@ class Stage {
     const { scale, x, y } = this.view;
     this.setView(holdView({ scale, x: x + dx, y: y + dy }, this.room, this.app.size));
   }
+
+  spotAt([x, y]) { const { view } = this; return [x * view.scale + view.x, y * view.scale + view.y]; }
 
   spotOf(event) {                                   // CSS pixels of the stage
     const box = this.canvas.getBoundingClientRect();
@@ -557,13 +579,15 @@ class Stage {
 
   /** Bring the overlay up to date inside the board's dirty box, a band of rows at a time. */
   paintOverlay() {
-    const { board, layer } = this.app, { w, h } = board;
+    const { board, layer } = this.app, { w, h } = board, { fresh } = this;
+    if (fresh !== this.wasFresh) board.dirty = board.whole;
+    this.wasFresh = fresh;
     if (this.overlay.width !== w || this.overlay.height !== h) Object.assign(this.overlay, { width: w, height: h });
     const box = grown(board.dirty, w, h), width = box && box.x1 - box.x0;
     if (!box) return;
     board.dirty = null;
     const ctx = this.overlay.getContext('2d');
-    const shade = SHADES[layer](board.layer('mask'), board.layer(layer), this.bases[layer], w);
+    const shade = SHADES[layer](board.layer('mask'), board.layer(layer), this.bases[layer]?.under, fresh, w);
     for (let y = box.y0; y < box.y1; y += 256) {
       const rows = Math.min(256, box.y1 - y), band = new ImageData(width, rows);
       const out = new Uint32Array(band.data.buffer);
@@ -579,7 +603,7 @@ class Stage {
     if (j < 0 || i < 0 || j >= w || i >= h || !this.bitmap) return null;
     const ctx = sheet(1, 1);
     ctx.drawImage(this.bitmap, -j, -i, w, h);
-    const base = board.layer('mask')[at] && this.bases.structure?.[at];
+    const base = board.layer('mask')[at] && this.fresh && this.bases.structure?.under[at];
     const pixel = board.layer('structure')[at] || base || pixels(ctx, 1, 1)[0];
     return '#' + [0, 8, 16].map(bits => (pixel >> bits & 255).toString(16).padStart(2, '0')).join('');
   }
@@ -718,6 +742,9 @@ class Stage {
     this.cross = this.cross ? this.cross.map((v, k) => clamp(v + step[k], .5, size[k] - .5))
                             : size.map(v => Math.floor(v / 2) + .5);
     if (this.live) this.grow([this.cross]);
+    const { room } = this, margin = Math.min(24, ...room.map(v => v / 4));
+    const off = this.spotAt(this.cross).map((v, k) => clamp(v, margin, room[k] - margin) - v);
+    if (off[0] || off[1]) this.panBy(...off);       // the cross would leave the stage
     this.showCursor();
     this.app.showHole();
   }
@@ -739,11 +766,11 @@ class Stage {
     const cross = document.activeElement === this.canvas && this.cross, at = cross || this.hover;
     this.cursor.hidden = !at || (this.app.tool === 'pan' && !cross);
     if (this.cursor.hidden) return;
-    const { scale, x, y } = this.view, round = ['brush', 'eraser', 'line'].includes(this.app.tool);
+    const { scale } = this.view, spot = this.spotAt(at), round = ['brush', 'eraser', 'line'].includes(this.app.tool);
     const size = Math.max(round ? this.app.width * scale : 1, 3);
     this.cursor.classList.toggle('ip-cross', !!cross || !round);
     Object.assign(this.cursor.style, { width: `${size}px`, height: `${size}px`,
-      transform: `translate(${at[0] * scale + x - size / 2}px, ${at[1] * scale + y - size / 2}px)` });
+      transform: `translate(${spot[0] - size / 2}px, ${spot[1] - size / 2}px)` });
   }
 }
 
@@ -755,6 +782,8 @@ const TOOLS = [['brush', 'Brush', 'b'], ['eraser', 'Eraser', 'e'], ['line', 'Lin
                ['rect', 'Rectangle', 'r'], ['lasso', 'Lasso', 'o'], ['pan', 'Pan', 'p']];
 const LAYERS = { mask: 'Hole', edges: 'Edges', sketch: 'Sketch', structure: 'Structure' };
 const AWAITED = { edges: 'EdgeConnect', structure: 'StructureFlow' };
+const OUTDATED = { edges: 'edges of an earlier mask: press Fill for new ones',
+                   structure: 'structure of an earlier mask: press Fill for a new one' };
 
 function toolPanel(app) {
   const tools = TOOLS.map(([name, label, key]) => [name, button(label, () => app.setTool(name), { keys: key })]);
@@ -765,9 +794,9 @@ function toolPanel(app) {
   tools[1][1].title = 'Eraser (e); Shift erases with every tool';
   app.watch('strokes position layer view', () => {
     for (const [name, node] of tools) node.setAttribute('aria-pressed', name === app.tool);
-    undo.disabled = app.position === 0;
-    redo.disabled = app.position >= app.strokes.length;
-    invert.disabled = app.layer !== 'mask';
+    switchOff(undo, app.position === 0);
+    switchOff(redo, app.position >= app.strokes.length);
+    switchOff(invert, app.layer !== 'mask');
   });
   return make('div.ip-bar', {}, group('Tools', ...tools.map(([, node]) => node)), widthPanel(app),
               group('History', undo, redo, clear, invert));
@@ -798,7 +827,7 @@ function layerPanel(app) {
   app.watch('layers bases', () => {
     const offered = ['mask', ...app.get('layers', []).filter(layer => layer !== 'mask')];
     set.hidden = offered.length < 2;
-    set.replaceChildren(...offered.map(choice));
+    rebuild(set, app.stage.canvas, () => set.replaceChildren(...offered.map(choice)));
   });
   app.watch('layers bases layer view', () => {
     for (const radio of set.querySelectorAll('input')) radio.checked = radio.value === app.layer;
@@ -814,10 +843,9 @@ function filePanel(app) {
       onchange: () => { app.sendFile(what, input.files[0]); input.value = ''; } });
     return [input, button(`Open ${what}`, () => input.click(), { words: true })];
   };
-  const saver = (what, key) =>
-    button(`Save ${what}`, () => app.send({ do: 'save', what, key: key() }), { words: true });
+  const saver = (what, key) => button(`Save ${what}`, () => app.save(what, key()), { words: true });
   const result = saver('result', () => app.selected);
-  app.watch('cards view', () => { result.disabled = !app.selected; });
+  app.watch('cards view', () => { switchOff(result, !app.selected); });
   return make('div.ip-pair.ip-files', {}, ...opener('picture'), ...opener('mask'), saver('mask', () => ''), result);
 }
 
@@ -841,11 +869,12 @@ function dropPanel(app) {
 }
 
 function randomPanel(app) {
-  const ratio = make('input', { type: 'number', min: 1, max: 90, value: 25, label: 'Hole ratio',
-                                title: 'Hole ratio in per cent' });
+  const ratio = make('input', { type: 'number', min: 1, max: 60, value: 25, label: 'Hole ratio',
+                                title: 'Hole ratio in per cent, 1 to 60', onchange: () => percent() });
+  const percent = () => ratio.value = ratio.value ? clamp(+ratio.value, 1, 60) : 25;      // what is no number reads as ''
   const kind = make('select', { label: 'Kind of hole' },
     make('option', { value: 'free_form' }, 'free-form'), make('option', { value: 'block' }, 'block'));
-  const draw = () => app.send({ do: 'random', kind: kind.value, ratio: ratio.value / 100 });
+  const draw = () => app.send({ do: 'random', kind: kind.value, ratio: percent() / 100 });
   return make('div.ip-random', {}, button('Random hole', draw, { words: true }), kind,
               make('span.ip-percent', {}, ratio, '%'));
 }
@@ -878,6 +907,8 @@ function methodPanel(app) {
 function runPanel(app) {
   const fill = plain('Fill', 'ip-fill', () => app.run(), 'Fill the hole with the methods chosen');
   const cancel = plain('Cancel', 'ip-cancel', () => app.send({ do: 'cancel' }));
+  for (const node of [fill, cancel])                // Enter held down would fill, cancel, fill ...
+    node.addEventListener('keydown', event => { if (event.repeat) event.preventDefault(); });
   const text = make('span.ip-doing', { 'aria-live': 'polite' }), clock = make('span.ip-clock', {});
   const bar = make('progress', { max: 1, label: 'Progress' });
   const progress = make('div.ip-progress', {}, make('div', {}, text, clock), bar);
@@ -887,7 +918,8 @@ function runPanel(app) {
     clock.textContent = `${seconds.toFixed(1)} s` + (expected > 0 ? ` of about ${expected.toPrecision(2)} s` : '');
     if (expected > 0) bar.value = Math.min(seconds / expected, .98); else bar.removeAttribute('value');
   };
-  app.watch('status chosen', () => {
+  app.watch('status error', () => { app.asked = false; app.changed(); });
+  app.watch('status chosen view', () => {
     const { state = 'ready', text: words = '', started = 0 } = app.get('status', {}), busy = state !== 'ready';
     // The kernel's clock may differ from ours: trust it only for a run that began before this view did.
     if (started !== seen) since = seen === undefined ? started : Date.now() / 1000;
@@ -895,15 +927,20 @@ function runPanel(app) {
     clearInterval(timer);
     if (busy) { timer = setInterval(tick, 100); tick(); }
     text.textContent = words;
-    clock.hidden = bar.hidden = cancel.hidden = !busy;
+    const held = document.activeElement;
+    clock.hidden = bar.hidden = !busy;
+    cancel.classList.toggle('ip-away', !busy);      // its place stays: a double click on Fill must not reach it
     progress.hidden = !busy && !words;
-    cancel.disabled = state === 'cancelling';
-    fill.disabled = busy || !app.get('chosen', []).length;
+    switchOff(cancel, state === 'cancelling');
+    switchOff(fill, busy || app.asked || !app.get('chosen', []).length);
+    if (busy && held === fill) cancel.focus(); else if (!busy && held === cancel) fill.focus();
     app.root.dataset.state = state;
   });
   app.closing(() => clearInterval(timer));
   return make('div.ip-run', {}, make('div.ip-pair', {}, fill, cancel), progress);
 }
+
+const COLOURED = ['offsets', 'flow'];   // views whose colour is a direction
 
 /** Result cards. A card's element lives as long as the card is unchanged, so focus and view stay. */
 class Cards {
@@ -914,27 +951,29 @@ class Cards {
     app.watch('cards', () => this.update());
     app.watch('cards mask_key view', () => this.mark());
     app.watch('shown', () => this.receive());
+    app.watch('status', () => this.present());
     app.closing(() => this.parts.forEach(part => this.forget(part)));
   }
 
   seal(card) { return JSON.stringify({ ...card, picture: card.picture?.byteLength }); }
 
   build(card) {
-    const { app } = this, title = make('h4.ip-title', {}, card.title);
+    const { app } = this, id = `ip-card-${++views}`, title = make('h4.ip-title', { id }, card.title);
     const part = { card, seal: this.seal(card), name: 'result', views: new Map() };
     part.image = make('img.ip-picture', { draggable: 'false' });
     part.stale = make('span.ip-stale', { title: 'Made for an earlier mask' }, 'earlier mask');
     part.chips = ['result', ...card.views].map(name => make('button.ip-chip', { 'data-view': name,
       onclick: () => this.look(part, name) }, name.replaceAll('_', ' ')));
-    const save = button('Download', () => app.send({ do: 'save', what: 'result', key: card.key }),
+    part.wheel = make('span.ip-wheel', { role: 'img', label: 'colour = direction', title: 'colour = direction' });
+    const save = button(`Download ${card.title}`, () => app.save('result', card.key),
                         { image: 'Save result', kind: '.ip-quiet' });
     const seconds = make('span.ip-seconds', {}, card.seconds > 0 ? `${card.seconds.toFixed(2)} s` : '');
-    part.node = make('article.ip-card', { 'data-key': card.key },
+    part.node = make('article.ip-card', { 'data-key': card.key, 'aria-labelledby': id },
       make('header', {}, title, seconds, !card.error && save),
       card.error ? make('p.ip-error', {}, card.error)
         : make('button.ip-look', { title: 'Compare', onclick: () => app.select(card.key) }, part.image, part.stale),
       card.note && make('p.ip-note', {}, card.note),
-      card.views.length && make('div.ip-chips', { role: 'group', label: 'Views' }, ...part.chips));
+      card.views.length && make('div.ip-chips', { role: 'group', label: 'Views' }, ...part.chips, part.wheel));
     return part;
   }
 
@@ -946,6 +985,7 @@ class Cards {
   show(part) {
     const bytes = this.bytesOf(part.card.key);
     part.node.setAttribute('aria-busy', isEmpty(bytes) && !part.card.error);
+    part.wheel.hidden = !COLOURED.includes(part.name);
     for (const chip of part.chips) chip.setAttribute('aria-pressed', chip.dataset.view === part.name);
     if (isEmpty(bytes)) return;
     URL.revokeObjectURL(part.image.src);
@@ -970,20 +1010,36 @@ class Cards {
 
   forget(part) { URL.revokeObjectURL(part.image.src); part.node.remove(); }
 
+  /** Put a new or changed card at its place. */
+  place(card, k) {
+    const { app, parts, node } = this, old = parts.get(card.key), part = this.build(card);
+    parts.set(card.key, part);
+    this.show(part);
+    if (!card.error && !app.pinned) app.selected = card.key;                  // the newest, until one is chosen
+    rebuild(old?.node ?? part.node, app.stage.canvas, () => {
+      node.insertBefore(part.node, old?.node ?? node.children[k] ?? null);
+      if (old) this.forget(old);
+      return part.node;
+    });
+    this.latest ??= part;
+  }
+
+  /** The person who pressed Fill here, and has done nothing since, gets to see what came of it. */
+  async present() {
+    const { app, latest } = this;
+    if (!latest || app.get('status', {}).state !== 'ready') return;
+    this.latest = null;
+    await latest.image.decode().catch(() => null);  // its height; a card may have no picture
+    if (app.looking) reveal(latest.node);
+  }
+
   update() {
     const { app, parts, node } = this, cards = app.get('cards', []), keys = cards.map(card => card.key);
-    for (const [key, part] of parts) if (!keys.includes(key)) { this.forget(part); parts.delete(key); }
-    cards.forEach((card, k) => {
-      const old = parts.get(card.key);
-      if (old?.seal !== this.seal(card)) {
-        if (old) this.forget(old);
-        parts.set(card.key, this.build(card));
-        this.show(parts.get(card.key));
-        if (!card.error && !app.pinned) app.selected = card.key;              // the newest, until one is chosen
-      }
-      const part = parts.get(card.key);
-      if (node.children[k] !== part.node) node.insertBefore(part.node, node.children[k] ?? null);
-    });
+    for (const [key, part] of parts) if (!keys.includes(key)) {
+      rebuild(part.node, app.stage.canvas, () => this.forget(part));
+      parts.delete(key);
+    }
+    cards.forEach((card, k) => { if (parts.get(card.key)?.seal !== this.seal(card)) this.place(card, k); });
     if (!this.titles().some(([key]) => key === app.selected)) Object.assign(app, { selected: '', pinned: false });
     node.hidden = !cards.length;
     app.changed();
@@ -1010,7 +1066,7 @@ function comparePanel(app) {
   const right = make('select', { label: 'Right picture', onchange: () => app.pick(right.value) });
   const range = make('input', { type: 'range', min: 0, max: 100, step: .5, value: 50, label: 'Wipe',
                                 oninput: () => wipe() });
-  const frame = make('div.ip-wipe', {}, ...pictures, make('div.ip-wipeline', {}));
+  const frame = make('div.ip-wipe', {}, ...pictures, make('div.ip-wipeline', { 'aria-hidden': 'true' }));
   const node = make('section.ip-compare', { label: 'Compare' }, make('div.ip-bar', {}, left, range, right), frame);
 
   const wipe = () => frame.style.setProperty('--ip-wipe', `${range.value}%`);
@@ -1073,12 +1129,15 @@ function greyHole(ctx, board, width, height) {
 // 6 App
 
 const PIECE = 512 * 1024;   // bytes of a file in one message: small enough for every proxy
-const PATIENCE = 2500;      // milliseconds without an answer before the kernel is called busy
-let views = 0;              // radio buttons of two views must not share a name
+const BUSY = 2500;          // milliseconds without an answer before the kernel is called busy
+const PATIENCE = 10000;     // and before help is offered; `data-patience` of the root counts instead
+const CLOSED = ': its connection is closed.';
+const LIFE = 'heard status shown cards';            // what only the kernel changes
+let views = 0;              // radio buttons, and titles, of two views must not share a name
 
 class App {
   constructor(model, el) {
-    Object.assign(this, { model, tool: 'brush', colour: '#b0a090', widths: {}, selected: '', picked: '' });
+    Object.assign(this, { model, tool: 'brush', colour: '#b0a090', widths: {}, selected: '', picked: '', saving: new Set() });
     this.root = make('div.ip-painter', { 'data-lm-suppress-shortcuts': 'true', tabindex: -1 });
     this.root.ipPainter = { layer: name => this.board.layer(name), strokes: () => this.strokes.length };  // for tests
     this.board = new Board(...this.size);
@@ -1103,9 +1162,37 @@ class App {
     this.model.save_changes();
   }
 
-  send(message, buffers = []) {
-    if (message.do === 'save') this.saving = true;  // the answer goes to every view: only we download
-    this.model.send(message, undefined, buffers);
+  send(message, buffers = [], callbacks) {
+    this.expect();
+    try { this.model.send(message, callbacks, buffers); }
+    catch (error) { console.warn(error); this.lose(CLOSED); }
+  }
+
+  /** Something was said that needs an answer; the oldest question counts. Only what the kernel's half of this
+      widget changes is one: a restarted kernel takes every message and says nothing. */
+  expect() {
+    const patience = +this.root.dataset.patience || PATIENCE;
+    this.waits ??= [setTimeout(() => { this.late = true; this.showHole(); }, Math.min(BUSY, patience)),
+                    setTimeout(() => this.lose(` for ${patience / 1000} s.`), patience)];
+  }
+
+  stopWaiting() {
+    this.waits?.forEach(timer => clearTimeout(timer));
+    this.waits = this.late = null;
+  }
+
+  answered() {
+    this.stopWaiting();
+    if (this.lost) { this.lost = ''; this.showAlert(); }
+    this.showHole();
+  }
+
+  lose(how) {
+    this.stopWaiting();
+    this.asked = false;
+    this.lost = `no answer from the kernel${how} If it was restarted, run the cell again; your drawing can be copied first:`;
+    this.showAlert();
+    this.changed();
   }
 
   on(event, handler) {
@@ -1133,7 +1220,11 @@ class App {
     this.watch('strokes position', () => this.follow());
     this.watch('bases', () => this.stage.setBases(this.get('bases', {})));
     this.watch('layer bases', () => this.showLayer());
-    this.watch('error', () => this.showError());
+    this.watch('mask_key', () => this.stage.schedule());
+    this.watch('error', () => { if (this.get('error')) this.answered(); this.showAlert(); });
+    this.watch(LIFE, () => this.answered());
+    this.on('comm_live_update', () =>               // Jupyter marks the view while there is nobody to talk to
+      this.root.closest('.jupyter-widgets-disconnected') ? this.lose(CLOSED) : this.answered());
     this.watch('heard status', () => this.hear());
     this.watch('title size', () =>
       this.title.replaceChildren(this.get('title') || 'Picture', make('small', {}, this.size.join(' × '))));
@@ -1159,6 +1250,15 @@ class App {
         make('div.ip-side', {}, methodPanel(this), randomPanel(this), runPanel(this))),
       this.cards.node, comparePanel(this));
     this.watchSize();
+    this.watchPerson();
+  }
+
+  /** Whoever scrolls, points or types after Fill is busy elsewhere. */
+  watchPerson() {
+    const busy = event => { if (event.type !== 'scroll' || event.target.contains(this.root)) this.looking = false; };
+    const gone = new AbortController(), how = { capture: true, passive: true, signal: gone.signal };
+    for (const name of ['scroll', 'wheel', 'pointerdown', 'keydown']) window.addEventListener(name, busy, how);
+    this.closing(() => gone.abort());
   }
 
   /** The cell's width, and the screen's resolution: each media query watches one value of it. */
@@ -1203,13 +1303,8 @@ class App {
   ask(values) {
     clearTimeout(this.doubt);
     this.sentAt = performance.now();
+    this.expect();
     this.put(values);
-    this.waitForKernel();
-  }
-
-  waitForKernel() {
-    clearTimeout(this.patience);
-    this.patience = setTimeout(() => { this.late = true; this.showHole(); }, PATIENCE);
   }
 
   hear() {
@@ -1219,11 +1314,8 @@ class App {
       dataset.roundTrip = (performance.now() - this.sentAt).toFixed(1);
       this.sentAt = null;
     }
-    clearTimeout(this.patience);
     clearTimeout(this.doubt);
     if (!this.agreed) this.doubt = setTimeout(() => this.insist(), 800);
-    this.late = false;
-    this.showHole();
   }
 
   /** Does the kernel have the history that is seen here? */
@@ -1259,8 +1351,17 @@ class App {
 
   run() {
     this.stage.finish();
+    this.cards.latest = null;
+    Object.assign(this, { asked: true, looking: true });
+    this.changed();
     this.send({ do: 'run', methods: this.get('chosen', []), strokes: this.strokes, position: this.position });
-    this.waitForKernel();
+  }
+
+  /** The kernel's answer goes to every view: only the one that asked for it makes a file. */
+  save(what, key) {
+    const id = Math.random().toString(36).slice(2);
+    this.saving.add(id);
+    this.send({ do: 'save', what, key, id });
   }
 
   async sendFile(what, file) {
@@ -1268,14 +1369,22 @@ class App {
     const of = Math.max(1, Math.ceil(file.size / PIECE));
     for (let index = 0; index < of; index++) {
       const piece = await file.slice(index * PIECE, (index + 1) * PIECE).arrayBuffer();
-      this.send({ do: 'piece', what, name: file.name, index, of }, [piece]);
+      this.send({ do: 'piece', what, name: file.name, index, of }, [piece],    // the same file again changes nothing
+                { iopub: { status: () => this.stopWaiting() } });
     }
   }
 
   receive(message, buffers) {
-    if (message?.did !== 'save' || !this.saving) return;
-    this.saving = false;
-    download(buffers[0], message.name);
+    this.answered();
+    if (message?.did === 'save' && this.saving.delete(message.id)) download(blobOf(buffers[0]), message.name);
+  }
+
+  /** The strokes that count, for `painter.strokes = json.loads(...)` in a new kernel. */
+  async copyDrawing(node) {
+    const text = JSON.stringify(this.strokes.slice(0, this.position));
+    const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);   // it may not be allowed
+    if (!copied) download(new Blob([text], { type: 'application/json' }), 'painter.json');
+    node.ariaLabel = node.textContent = copied ? 'Copied' : 'Saved as painter.json';
   }
 
   // ---- choices of this view
@@ -1304,7 +1413,7 @@ class App {
   select(key) {
     this.pick(key);
     const panel = this.root.querySelector('.ip-compare');
-    queueMicrotask(() => panel.scrollIntoView({ block: 'nearest', behavior: 'smooth' }));
+    queueMicrotask(() => reveal(panel));
   }
 
   // ---- what is shown
@@ -1325,17 +1434,21 @@ class App {
     const parts = [`hole ${(ratio * 100).toFixed(1)} %`,
                    board.hole ? binText(ratio, this.get('bins', [])) : 'paint what is to be filled'];
     if (stage.cross) parts.push(`at ${stage.cross.map(Math.floor).join(', ')}${stage.live ? ', pen down' : ''}`);
+    if (!stage.fresh) parts.push(OUTDATED[this.layer]);
     if (this.late) parts.push('the kernel is busy, drawing goes on');
+    line.classList.toggle('ip-warn', !stage.fresh);
     const text = parts.join(' · ');
     line.setAttribute('aria-busy', !!stage.live && stage.mode === 'draw');
     if (line.textContent !== text) line.textContent = text;
   }
 
-  showError() {
-    const error = this.get('error', '');
-    this.alert.hidden = !error;
-    this.alert.replaceChildren(make('span', {}, error),
-      button('Dismiss', () => this.put({ error: '' }), { image: 'Close', kind: '.ip-quiet' }));
+  showAlert() {
+    const { lost, stage } = this, text = lost || this.get('error', '');
+    const copy = () => plain('Copy drawing', 'ip-copy', event => this.copyDrawing(event.target), 'Its strokes as JSON');
+    const dismiss = () => button('Dismiss', () => this.put({ error: '' }), { image: 'Close', kind: '.ip-quiet' });
+    const parts = text ? [make('span', {}, text), lost ? copy() : dismiss()] : [];
+    rebuild(this.alert, stage.canvas, () => this.alert.replaceChildren(...parts));
+    this.alert.hidden = !text;
   }
 
   // ---- keys, wherever the focus is inside the widget
@@ -1362,7 +1475,7 @@ class App {
   close() {
     this.closed = true;
     for (const ending of this.endings) ending();
-    clearTimeout(this.patience);
+    this.stopWaiting();
     clearTimeout(this.doubt);
     cancelAnimationFrame(this.stage.frame);
     this.root.remove();
