@@ -140,7 +140,7 @@ def _absolute(name, value):
     if name == 'checkpoints':
         parts = (p.partition('=') for p in value.split(','))
         return ','.join(f'{k}{eq}{_absolute("checkpoint", v)}' for k, eq, v in parts)
-    is_path = name.endswith('_dir') or name in ('checkpoint', 'run', 'vgg_weights')
+    is_path = name.endswith('_dir') or name in ('checkpoint', 'run', 'manifest', 'vgg_weights')
     return str(Path(value).resolve()) if is_path and value and Path(value).exists() else value
 
 # %% ../nbs/34_cli.ipynb #ba1d346e
@@ -242,6 +242,7 @@ def _free_port(port):
     from inpaint_lib.core import InputError
     raise InputError(f'--port {port}: not free, nor are the 49 after it; expected another')
 
+# %% ../nbs/34_cli.ipynb #5ca497ea
 def app_command(port:int=8866, token:str='', browser:bool=True)->list:
     "The command line that serves nbs/35_app.ipynb; `InputError`: not a checkout, no Voila, no such port"
     import importlib.util

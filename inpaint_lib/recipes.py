@@ -334,6 +334,7 @@ class EvaluateParameters:
     run:str = ''               # instead of a method: one training stage, as the folder of its run or its weights file
     checkpoints:str = ''       # networks of earlier stages that this stage needs: 'edge=PATH'
     data_dir:str = 'builtin'   # held-out photograph, a folder, or a torchvision data set's name
+    manifest:str = ''          # exactly these pictures of data_dir: the manifest.json of an earlier evaluation
     mask_dir:str = ''          # folder of masks; '' = drawn to hole-ratio bins from (seed, index)
     masks:str = ''             # instead of the bins: a kind of mask that 40_train knows, such as context_encoder (a hole in the middle)
     mask_options:str = ''      # of that kind: 'overlap=7'

@@ -24,13 +24,14 @@ CELLS = ('import time\nfrom inpaint_lib.demo import MaskPainter\npause, again = 
 SPY = '''
 import inpaint_lib.papers.edge_connect as _ec, inpaint_lib.papers.structure_flow as _sf
 _calls, _starts = {}, set()
-def _count(kind):
-    plain = kind.forward
-    def forward(self, *args, **kw):
+def _count(kind, name='forward'):
+    plain = getattr(kind, name)
+    def counted(self, *args, **kw):
         _calls[kind.__name__] = _calls.get(kind.__name__, 0) + 1
         return plain(self, *args, **kw)
-    kind.forward = forward
-for _kind in (_ec.EdgeGenerator, _ec.InpaintGenerator, _sf.StructureGen, _sf.FlowGen): _count(_kind)
+    setattr(kind, name, counted)
+for _kind in (_ec.EdgeGenerator, _ec.InpaintGenerator, _sf.StructureGen): _count(_kind)
+_count(_sf.FlowGen, 'flow')
 painter.observe(lambda change: _starts.add(change['new']['started']), 'status')
 '''
 
@@ -169,7 +170,7 @@ def test_round_trip_from_mouse_up_to_the_mask_in_the_kernel(lab):
           f'with 300 strokes of 80 points in the history: median {report["median_300_ms"]:.1f} ms')
     assert all(t > 0 for t in trips + long)
     lab.agree(slow=False)
-    lab.kernel.run('painter.strokes = []'); lab.painter.until(position=0); lab.painter.heard()
+    lab.kernel.run('painter.position = 0\npainter.strokes = []'); lab.painter.until(position=0); lab.painter.heard()
 
 
 def test_every_tool_gives_the_same_mask_in_browser_kernel_and_slow_loop(lab):
@@ -326,7 +327,9 @@ def test_structure_and_sketch_are_layers_too(lab):
     p.tool('Line', 2).stroke([(150, 150), (250, 150)]); p.heard()
     sketch = lab.kernel.array('painter.sketch')
     assert np.array_equal(p.layer('sketch', sketch.shape) != 0, sketch) and sketch.sum() > 100
+    lab.kernel.run('_calls.clear()')
     assert lab.fill('deepfill_v2', 'structure_flow') == ['deepfill_v2:sketch', 'structure_flow']
+    assert lab.kernel.value('_calls') == dict(StructureGen=1, FlowGen=1)
     p.radio('Structure').check(); p.until(layer='structure')
     p.root.get_by_label('Colour', exact=True).fill('#208040')
     p.tool('Brush', 14).stroke([(170, 130), (230, 170)]); p.heard()
@@ -383,7 +386,8 @@ def test_the_focus_stays_where_the_keyboard_was(lab):
     runs = lab.kernel.value('len(_starts)')
     p.button('Fill').focus(); page.keyboard.press('Enter')
     assert eventually(lambda: lab.kernel.value('len(_starts)') > runs)
-    p.until(state='ready'); assert focus() == 'Fill'
+    p.until(state='ready')
+    assert eventually(lambda: focus() == 'Fill', 3), focus()
     n = lab.kernel.value('painter.position')
     p.button('Undo').focus(); page.keyboard.press('Enter'); p.until(position=n - 1); assert focus() == 'Undo'
     p.button('Redo').focus(); page.keyboard.press('Enter'); p.until(position=n); assert focus() == 'Redo'

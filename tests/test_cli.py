@@ -261,7 +261,7 @@ def notebooks(tmp_path, monkeypatch):
     "Stand-ins for 40_train and 41_evaluate that only store or refuse their parameters"
     nbs = tmp_path/'nbs'; nbs.mkdir()
     for name, params in {'40_train': "recipe, preset, out_dir, lr, data_dir, checkpoints = '', '', '', 0., '', ''",
-                         '41_evaluate': "method, checkpoint, run, data_dir, out_dir = '', '', '', 'builtin', ''"}.items():
+                         '41_evaluate': "method, checkpoint, run, data_dir, out_dir, manifest = '', '', '', 'builtin', '', ''"}.items():
         params = '\n'.join(f'{k.strip()} = {v.strip()}' for k, v in zip(*(s.split(',') for s in params.split(' = '))))
         keep = "import json, os, pathlib\nnames = {k: v for k, v in globals().items() if isinstance(v, (str, int, float)) and k[0] != '_'}\n" \
                "class InputError(ValueError): pass\nif names.get('lr') == 14: names['nothing']\n" \
@@ -303,6 +303,12 @@ def test_evaluate_takes_a_method_or_weights(notebooks, weights, run):
     assert run('evaluate', weights, '--data', notebooks/'nbs')[0] == 0
     g = got('runs/evaluate-edge_connect')
     assert (g['method'], g['checkpoint'], g['data_dir']) == ('edge_connect', str(weights), str(notebooks/'nbs'))
+
+
+def test_evaluate_takes_a_manifest_seen_from_here(notebooks, run):
+    (notebooks/'a').mkdir(); (notebooks/'a'/'manifest.json').write_text('{}'); (notebooks/'photos').mkdir()
+    assert run('evaluate', 'telea', '--data', 'photos', '-p', 'manifest', 'a/manifest.json', '--out', 'e')[0] == 0
+    assert (got('e')['manifest'], got('e')['data_dir']) == (str(notebooks/'a'/'manifest.json'), str(notebooks/'photos'))
 
 
 def test_evaluate_takes_a_single_stage(notebooks, run):

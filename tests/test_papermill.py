@@ -123,6 +123,30 @@ def test_structures_of_whole_files_are_kept_and_the_report_names_its_guide(paper
     assert report['recipe'] == 'structure_flow.structure' and report['guide'] == 'structure of the whole picture, cut at the hole'
 
 
+def test_an_evaluation_leaves_its_protocol_and_can_be_repeated(papermill, tmp_path):
+    "From the manifest alone, in a folder with other names: the same hash, the same rows; another method can be compared pairwise"
+    from inpaint_lib.protocol import EvaluationSet, paired_table, read_rows
+    for folder, names in (('photos', 'ab'), ('renamed', 'zy')):
+        (tmp_path/folder).mkdir()
+        for new, which in zip(names, ('coffee', 'chelsea')): Image.fromarray(builtin_photograph(which)[:200, 100:300]).save(tmp_path/folder/f'{new}.png')
+    code, err, target = papermill('41_evaluate', tmp_path, method='copy_mean', size=32, per_bin=1, seed=3, data_dir=tmp_path/'photos', out_dir=tmp_path/'a')
+    assert code == 0, err
+    report, rows, path = json.loads((tmp_path/'a'/'metrics.json').read_text()), read_rows(tmp_path/'a'/'rows.jsonl'), tmp_path/'a'/'manifest.json'
+    evaluation = EvaluationSet.load(path, tmp_path/'renamed')
+    assert report['protocol'] == evaluation.hash and f'protocol {evaluation.hash}' in target.read_text() and str(tmp_path) not in path.read_text()
+    assert [(r['protocol'], r['id'], r['picture'], r['bin']) for r in rows] == [(evaluation.hash, e['id'], e['name'], e['bin']) for e in evaluation]
+    assert [{k: r[k] for k in report['rows'][0]} for r in rows] == report['rows']
+    for name, method in (('b', 'copy_mean'), ('c', 'telea')):
+        code, err, _ = papermill('41_evaluate', tmp_path, method=method, manifest=path, data_dir=tmp_path/'renamed', out_dir=tmp_path/name)
+        assert code == 0, err
+    again = json.loads((tmp_path/'b'/'metrics.json').read_text())
+    assert all(again[k] == report[k] for k in ('protocol', 'metrics', 'rows', 'photographs')) and again['parameters']['manifest'] == 'manifest.json'
+    assert (tmp_path/'b'/'manifest.json').read_bytes() == path.read_bytes() and again['parameters']['size'] == 32
+    assert (tmp_path/'b'/'rows.png').read_bytes() == (tmp_path/'a'/'rows.png').read_bytes()
+    table = paired_table(read_rows(tmp_path/'c'/'rows.jsonl'), rows)
+    assert table['all']['psnr_hole']['n'] == 6 and table['all']['l1_hole']['mean'] < 0
+
+
 def test_resume_goes_on_and_does_not_begin_again(trained, papermill, tmp_path):
     import shutil
     shutil.copytree(trained/'edge', tmp_path/'edge')
@@ -147,6 +171,8 @@ def test_resume_goes_on_and_does_not_begin_again(trained, papermill, tmp_path):
     ('41_evaluate', dict(masks='squares', method='telea'), "no masks 'squares'; expected one of"),
     ('40_train', dict(recipe='partial_conv', vgg_weights='none', size=50), '50x50 pixels; 6 layers need multiples of 64'),
     ('40_train', dict(mask_options='overlap'), "mask_options: found 'overlap', expected NAME=NUMBER"),
+    ('41_evaluate', dict(manifest='nowhere.json', method='telea'), 'nowhere.json: not a manifest'),
+    ('41_evaluate', dict(manifest='tests/golden/evaluation_builtin.json', seed=3), "parameter 'seed' is 3; expected 0 with a manifest, which says it"),
     ('41_evaluate', dict(run='nowhere'), 'nowhere: no such file; expected the folder of a finished run'),
 ])
 def test_bad_parameters_end_with_a_clear_line_and_exit_code_1(stem, bad, says, papermill, tmp_path):

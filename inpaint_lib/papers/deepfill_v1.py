@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'COARSE', 'XCONV', 'PMCONV', 'PM_AFTER', 'ALLCONV', 'ACTS'
            'contextual_attention_loop', 'ContextualAttention', 'PlainConv', 'chain', 'Refinement', 'TwoStage',
            'DeepFillV1Generator', 'Critic', 'local_window', 'crop_local', 'Critics', 'discount_mask',
            'DeepFillV1Config', 'l1_terms', 'critic_terms', 'stage_metrics', 'stage_pictures', 'DeepFillV1Recipe',
-           'fill', 'boundary_jump', 'seams']
+           'fill', 'seams']
 
 # %% ../../nbs/23_papers.deepfill_v1.ipynb #b7023fa5
 import math
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError, global_mean
-from ..data.masks import composite, dilate, fill_hole
+from ..data.masks import composite, fill_hole
 from ..layers import SameConv2d, channels, glorot
 from ..losses import adversarial_loss, gradient_penalty, masked_l1
-from ..metrics import psnr
+from ..metrics import boundary_jump, psnr
 from ..training import Recipe
 
 # %% ../../nbs/23_papers.deepfill_v1.ipynb #56d6cbe8
@@ -712,23 +712,6 @@ def fill(G:nn.Module,   # trained `DeepFillV1Generator`, in eval mode
     comp = composite(pred, image, mask)
     colours, arrows = offset_views(out['offsets'].to(image), comp, mask)
     return {'pred': pred, 'comp': comp, 'coarse': coarse, 'offsets': colours, 'attention arrows': arrows}
-
-# %% ../../nbs/23_papers.deepfill_v1.ipynb #a2f4e019
-def boundary_jump(picture:Tensor,  # (B,C,H,W) in [0,1]: a filling, or the photograph
-                  mask:Tensor,     # (B,1,H,W), 1 = hole
-                  *, reach:int=8,  # pixels around the hole in which known neighbours are compared
-                 )->Tensor:        # (B,), in units of colour; NaN without a border or known neighbours
-    """How abrupt the hole's border is: mean |difference| of neighbours across it, minus that of neighbours that
-    are both known and within `reach` of the hole. 0: no more abrupt than the picture around it"""
-    hole, near = mask > 0, dilate((mask > 0).float(), reach) > 0
-    def sums(dim):
-        n = picture.shape[dim] - 1
-        first, second = (lambda t: t.narrow(dim, 0, n)), (lambda t: t.narrow(dim, 1, n))
-        d, a, b = (second(picture) - first(picture)).abs().mean(1, keepdim=True), first(hole), second(hole)
-        total = lambda where: torch.stack([(d*where).sum((1, 2, 3)), where.sum((1, 2, 3)).to(d)])
-        return torch.stack([total(a ^ b), total(~a & ~b & first(near) & second(near))])
-    (across, n), (known, m) = sums(-2) + sums(-1)
-    return across/n - known/m
 
 # %% ../../nbs/23_papers.deepfill_v1.ipynb #a1c6926c
 def seams(painted:dict,  # of `fill`: coarse, pred, comp (B,3,H,W) in [0,1]; other pictures are left out
