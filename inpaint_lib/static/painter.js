@@ -1153,7 +1153,8 @@ class App {
   get(name, otherwise) { return this.model.get(name) ?? otherwise; }
   get size() { const size = this.get('size', []); return size.length === 2 ? size : [1, 1]; }
   get strokes() { return this.get('strokes', []); }
-  get position() { return this.get('position', 0); }
+  /** Strokes and position may arrive one after the other: never more than there are. */
+  get position() { return Math.min(this.get('position', 0), this.strokes.length); }
   get layer() { const layer = this.get('layer', 'mask'); return this.editable(layer) ? layer : 'mask'; }
   editable(layer) { return ['mask', 'sketch'].includes(layer) || layer in this.get('bases', {}); }
 
