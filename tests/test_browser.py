@@ -165,7 +165,7 @@ def test_run_all_cells_then_the_widget_is_there(lab):
 def test_round_trip_from_mouse_up_to_the_mask_in_the_kernel(lab):
     trips = round_trips(lab.painter, 24)
     lab.agree()
-    long = long_trips(lab.painter, lab.kernel)
+    long = long_trips(lab.painter, lab.kernel, 9)
     report = dict(strokes=len(trips), median_300_ms=float(np.median(long)), median_ms=float(np.median(trips)), p90_ms=float(np.percentile(trips, 90)), all_ms=trips)
     (browser.SHOTS/'round_trip.json').write_text(json.dumps(report, indent=1))
     print(f'\nmouse-up to mask in the kernel: median {report["median_ms"]:.1f} ms, 90th percentile {report["p90_ms"]:.1f} ms; '

@@ -1224,8 +1224,9 @@ class App {
     this.watch('mask_key', () => this.stage.schedule());
     this.watch('error', () => { if (this.get('error')) this.answered(); this.showAlert(); });
     this.watch(LIFE, () => this.answered());
-    this.on('comm_live_update', () =>               // Jupyter marks the view while there is nobody to talk to
-      this.root.closest('.jupyter-widgets-disconnected') ? this.lose(CLOSED) : this.answered());
+    this.on('comm_live_update', () => {             // Jupyter marks the view while there is nobody to talk to
+      if (this.root.closest('.jupyter-widgets-disconnected')) this.lose(CLOSED);
+    });                                             // without the mark it is no answer: Voila's restarts end here too
     this.watch('heard status', () => this.hear());
     this.watch('title size', () =>
       this.title.replaceChildren(this.get('title') || 'Picture', make('small', {}, this.size.join(' × '))));
