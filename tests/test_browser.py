@@ -280,7 +280,8 @@ def test_drawing_goes_on_while_the_kernel_is_busy(lab):
 def pixels(page, source):
     "A picture on the page as an array (H,W,3)"
     code = """async e => { const c = document.createElement('canvas'), g = c.getContext('2d');
-        if (e.decode) await e.decode();
+        for (let k = 0; e.decode && k < 40; k++)       // a picture may be replaced just now
+            try { await e.decode(); break } catch { await new Promise(r => setTimeout(r, 50)) }
         c.width = e.naturalWidth || e.width; c.height = e.naturalHeight || e.height; g.drawImage(e, 0, 0); return c.toDataURL('image/png') }"""
     data = source.evaluate(code)
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(',')[1]))).convert('RGB'))
