@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'Parser', 'say', 'pairs', 'guides', 'fill', 'typed', 'notebook', 'parameters', 'NotebookError', 'execute',
-           'train', 'evaluate', 'import_', 'methods', 'app_command', 'demo', 'build_parser', 'main']
+           'train', 'evaluate', 'import_', 'methods', 'free_port', 'app_command', 'demo', 'build_parser', 'main']
 
 # %% ../nbs/34_cli.ipynb #9001a272
 import argparse, sys, warnings
@@ -232,34 +232,33 @@ def methods(args):
     for r in rows: print('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
 
 # %% ../nbs/34_cli.ipynb #63428739
-def _free_port(port):
-    "`port`, or the next free one; 0 = any"
+def free_port(port:int)->int:
+    "`port` of this machine, or the next free one; 0 = any. `InputError`: no such port, none free"
     import socket
+    from inpaint_lib.core import InputError
+    if not 0 <= port <= 65535: raise InputError(f'--port {port}: expected 0 to 65535')
     for p in range(port, min(port + 50, 65536)):
         with socket.socket() as s:
             try: s.bind(('127.0.0.1', p)); return s.getsockname()[1]
-            except OSError: pass
-    from inpaint_lib.core import InputError
+            except OSError: continue                             # in use: the next one
     raise InputError(f'--port {port}: not free, nor are the 49 after it; expected another')
 
 # %% ../nbs/34_cli.ipynb #5ca497ea
-def app_command(port:int=8866, token:str='', browser:bool=True)->list:
-    "The command line that serves nbs/35_app.ipynb; `InputError`: not a checkout, no Voila, no such port"
+def app_command(port:int, token:str, browser:bool=True)->list:
+    "The command line that serves nbs/35_app.ipynb on a free port; `InputError`: not a checkout, no Voila"
     import importlib.util
     from inpaint_lib.core import InputError
     page = notebook('35_app')
     if importlib.util.find_spec('voila') is None: raise InputError("the page is served by Voila, which is not installed: pip install 'inpaint_lib[app]'")
-    if not 0 <= port <= 65535: raise InputError(f'--port {port}: expected 0 to 65535')
-    return [sys.executable, '-m', 'voila', str(page), f'--port={_free_port(port)}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0', f'--token={token}',
+    return [sys.executable, '-m', 'voila', str(page), f'--port={port}', '--Voila.ip=127.0.0.1', '--Voila.port_retries=0', f'--token={token}',
             *([] if browser else ['--no-browser'])]
 
 def demo(args):
     "Serve the page until Ctrl+C"
     import secrets, subprocess
     from inpaint_lib.core import InputError
-    token = secrets.token_hex(16)
-    line = app_command(args.port, token, not args.no_browser)
-    port = next(word for word in line if word.startswith('--port=')).removeprefix('--port=')
+    port, token = free_port(args.port), secrets.token_hex(16)
+    line = app_command(port, token, not args.no_browser)
     print(f'Open http://127.0.0.1:{port}/?token={token} in a browser of this machine; Ctrl+C ends it', flush=True)
     if (code := subprocess.call(line)): raise InputError(f'Voila ended with exit code {code}; its messages are above')
 

@@ -345,7 +345,7 @@ def warned():
 # %% ../nbs/33_demo.ipynb #03abd2c6
 TITLES = dict(context_encoder='Context Encoder', structural_inpainting='Structural Inpainting', partial_conv='Partial convolution',
               deepfill_v1='DeepFill v1', deepfill_v2='DeepFill v2', edge_connect='EdgeConnect', structure_flow='StructureFlow',
-              shift_net='Shift-Net', copy_mean='Mean colour', telea='Telea', navier_stokes='Navier-Stokes', biharmonic='Biharmonic',
+              copy_mean='Mean colour', telea='Telea', navier_stokes='Navier-Stokes', biharmonic='Biharmonic',
               patch='Patches')
 GUIDED_BY = dict(edge_connect='edges', structure_flow='structure', deepfill_v2='sketch')   # method -> the layer that guides it
 
@@ -681,7 +681,7 @@ def random_hole(kind, ratio, size, *, seed=0)->np.ndarray:
     rng, (H, W) = keyed_rng(seed, 'painter', kind), size
     n = max(1, round(ratio*H*W))
     if kind == 'block': return block_mask(rng, size, _block_sides(rng, size, n))
-    return paint_exactly(rng, n, size, None, (.04, .08 + .3*ratio), 0)
+    return paint_exactly(rng, n, size)
 
 # %% ../nbs/33_demo.ipynb #df37ab74
 @patch_to(MaskPainter)

@@ -143,10 +143,12 @@ def _bin_counts(bounds, pixels:int, most:int):
 
 # %% ../../nbs/02_data.masks.ipynb #805935c0
 def paint_exactly(rng, n:int, hw,  # the generator that draws; pixels of the hole; (H, W)
-                  start, width,    # (row, column) or None; brush widths (lo, hi) as shares of the shorter side
-                  margin,          # pixels at the border that stay known
+                  *, start=None,   # (row, column); None: anywhere
+                  width=None,      # of the brush, (lo, hi) as shares of the shorter side; None: wider for larger holes
+                  margin=0,        # pixels at the border that stay known
                  )->np.ndarray:    # bool (H,W)
     "A free-form mask with exactly `n` pixels, none in the margin, painted stroke by stroke from `start`"
+    width = width or (.04, .08 + .3*n/(hw[0]*hw[1]))
     m, allowed, left = np.zeros(hw, bool), _inside(hw, margin), n
     while left:
         for a, b, r in brush_stroke(rng, hw, width=width, start=start, margin=margin):
@@ -176,7 +178,7 @@ def sample_bin_mask(bin:int,    # 0 to 5, see HOLE_BINS
     least, most = _bin_counts(HOLE_BINS[bin], H*W, int(_inside((H, W), margin).sum()))
     n = int(rng.integers(least, most + 1))
     start = _border_pixel(rng, H, W) if border else None
-    return paint_exactly(rng, n, (H, W), start, (.04, .08 + .3*n/(H*W)), margin)
+    return paint_exactly(rng, n, (H, W), start=start, margin=margin)
 
 def _border_pixel(rng, H, W):
     "A random pixel (y, x) of the outermost rows and columns"
