@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'LPIPS_NETS', 'INCEPTION', 'MIN_PAIRS', 'HISTORICAL', 'l1', 'psnr', 'ssim_map', 'ssim',
-           'edge_precision_recall', 'edge_f1', 'sobel_gradient', 'gradient_error', 'boundary_jump', 'load_lpips',
-           'lpips', 'image_metrics', 'bootstrap_ci', 'summarize_metrics', 'paired_interval', 'verdict',
-           'distance_names', 'Extractor', 'load_inception', 'frechet_distance', 'kernel_mmd', 'kid', 'linear_svm',
-           'p_ids_u_ids', 'why_refused', 'distribution_report', 'historical']
+           'edge_precision_recall', 'edge_f1', 'sobel_gradient', 'gradient_error', 'chroma', 'chroma_error',
+           'boundary_jump', 'load_lpips', 'lpips', 'image_metrics', 'bootstrap_ci', 'summarize_metrics',
+           'paired_interval', 'verdict', 'distance_names', 'Extractor', 'load_inception', 'frechet_distance',
+           'kernel_mmd', 'kid', 'linear_svm', 'p_ids_u_ids', 'why_refused', 'distribution_report', 'historical']
 
 # %% ../nbs/13_metrics.ipynb #df365690
 import re
@@ -137,6 +137,22 @@ def gradient_error(pred:Tensor,   # (B,3 or 1,H,W) in [0,1], the composite
     "Mean |difference| of the slopes of two pictures' luminance; 0 for equal ones, NaN for an empty mask"
     pred, image, mask = _pair(pred, image, mask)
     return _mean((sobel_gradient(_gray(pred)) - sobel_gradient(_gray(image))).abs(), mask)
+
+# %% ../nbs/13_metrics.ipynb #54f50bc9
+def chroma(x:Tensor,   # (B,3,H,W) in [0,1]
+          )->Tensor:   # (B,2,H,W) in [-.5,.5]: blue and red difference
+    "What remains of colours without their brightness: Cb and Cr of ITU-R BT.601; 0 for grey. `InputError`: no 3 channels"
+    if x.dim() != 4 or x.shape[1] != 3: raise InputError(f'a picture of shape {tuple(x.shape)}; expected colours, (B,3,H,W)')
+    y = (x*x.new_tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return torch.cat([(x[:, 2:] - y)/(2*(1 - .114)), (x[:, :1] - y)/(2*(1 - .299))], 1)
+
+def chroma_error(pred:Tensor,   # (B,3,H,W) in [0,1], the composite
+                 image:Tensor,  # (B,3,H,W) in [0,1]
+                 mask=None,     # (B,1,H,W), 1 = pixels that count; None: all
+                )->Tensor:      # (B,)
+    "Mean |difference| of the two chroma channels of two pictures; 0 for equal ones, NaN for an empty mask"
+    pred, image, mask = _pair(pred, image, mask)
+    return _mean((chroma(pred) - chroma(image)).abs(), mask)
 
 # %% ../nbs/13_metrics.ipynb #a2f4e019
 def boundary_jump(picture:Tensor,  # (B,C,H,W) in [0,1]: a filling, or the photograph

@@ -385,15 +385,18 @@ def train(recipe:Recipe,       # what to train
           resume:str='auto',   # 'auto': go on if run_dir holds a checkpoint; 'never': refuse to overwrite one
           identity:dict|None=None,     # JSON values that must be the same when a run goes on: data, size, masks, first networks
           meta:dict|None=None, # kept in run.json and in the weights file
+          watch=None,          # watch(record, draws): called with each logged record and the batches of its step, on the first process
           progress:bool=True)->TrainResult:
     "Train `recipe`; raises `InputError` (bad input, a folder of another run), `TrainingStopped` (a loss is not finite)"
     up, run_dir = Updater(recipe, config), Path(run_dir) if run_dir else None
     up.identity, up.dataset = identity or {}, dataset
     log, start, first = _begin(up, run_dir, resume), time.time(), up.step
     before = up.seconds
-    for record in _steps(up, dataset, progress and up.engine.is_main_process):
+    for record, draws in _steps(up, dataset, progress and up.engine.is_main_process):
         up.seconds = before + time.time() - start
-        if up.step % config.log_every == 0 or up.step == config.steps: log.add(record)
+        if up.step % config.log_every == 0 or up.step == config.steps:
+            log.add(record)
+            if watch and up.engine.is_main_process: watch(record, draws)
         _keep(up, run_dir, samples)
     _end(up, run_dir, meta or {}, trained=up.step > first)
     up.engine.wait_for_everyone()                     # nobody leaves before the first process has written
@@ -419,7 +422,7 @@ def _begin(up, run_dir, resume):
 
 # %% ../nbs/14_training.ipynb #b4f359c7
 def _steps(up, dataset, progress):
-    "Make the updates that are left; yields one record per step"
+    "Make the updates that are left; yields one record per step, and what it was made from"
     from tqdm import tqdm
     bar = tqdm(total=up.config.steps, initial=up.step, disable=not progress, file=sys.stdout, mininterval=10, ascii=True, ncols=90)
     stream = _batches(up, dataset) if up.step < up.config.steps else None
@@ -430,7 +433,7 @@ def _steps(up, dataset, progress):
         record = dict(notes, step=up.step, lr=up.opt_G.param_groups[0]['lr'], **{k: _number(v) for k, v in values.items()},
                       data_s=round(t1 - t0, 4), step_s=round(time.perf_counter() - t1, 4))
         bar.update(); bar.set_postfix_str(f"G {values['g_total']:.3f}", refresh=False)
-        yield record
+        yield record, draws
     bar.close()
 
 # %% ../nbs/14_training.ipynb #62df8f12
