@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['InputError', 'keyed_rng', 'set_seed', 'pick_device', 'checkout', 'atomic_write', 'write_json', 'global_mean',
-           'LayerRow', 'summarize', 'layer_rows', 'count_params', 'compare_table', 'conv_macs', 'fingerprint']
+           'LayerRow', 'summarize', 'layer_rows', 'count_params', 'compare_table', 'conv_macs', 'peak_memory',
+           'fingerprint']
 
 # %% ../nbs/00_core.ipynb #4bb3773f
-import contextlib, dataclasses, hashlib, json, os, random, tempfile
+import contextlib, ctypes, dataclasses, hashlib, json, os, random, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,22 @@ def conv_macs(net:nn.Module, *shapes)->int:
     with torch.no_grad(): net(*(torch.zeros(s, dtype=p.dtype, device=p.device) for s in shapes))
     for h in hooks: h.remove()
     return sum(total)
+
+# %% ../nbs/00_core.ipynb #02516a55
+def peak_memory(f,        # called without arguments
+                device,   # where it computes
+               )->int|None:   # MiB
+    "Largest additional memory during f(), in MiB; None where it can't be measured"
+    device = torch.device(device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
+        f(); torch.cuda.synchronize(device)
+        return round((torch.cuda.max_memory_allocated(device) - before)/2**20)
+    status = lambda key: int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])//1024
+    try: ctypes.CDLL('libc.so.6').malloc_trim(0); open('/proc/self/clear_refs', 'w').write('5')
+    except OSError: return None                      # not Linux with glibc, or not allowed
+    before = status('VmRSS'); f()
+    return status('VmHWM') - before
 
 # %% ../nbs/00_core.ipynb #ddc19321
 def fingerprint(path)->str:
