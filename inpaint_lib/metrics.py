@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WINDOW', 'LPIPS_NETS', 'INCEPTION', 'MIN_PAIRS', 'HISTORICAL', 'l1', 'psnr', 'ssim_map', 'ssim',
            'edge_precision_recall', 'edge_f1', 'sobel_gradient', 'gradient_error', 'chroma', 'chroma_error',
-           'boundary_jump', 'load_lpips', 'lpips', 'image_metrics', 'bootstrap_ci', 'summarize_metrics',
-           'paired_interval', 'verdict', 'distance_names', 'Extractor', 'load_inception', 'frechet_distance',
-           'kernel_mmd', 'kid', 'linear_svm', 'p_ids_u_ids', 'why_refused', 'distribution_report', 'historical']
+           'boundary_jump', 'load_lpips', 'lpips', 'image_metrics', 'filling_metrics', 'bootstrap_ci',
+           'summarize_metrics', 'paired_interval', 'verdict', 'distance_names', 'Extractor', 'load_inception',
+           'frechet_distance', 'kernel_mmd', 'kid', 'linear_svm', 'p_ids_u_ids', 'why_refused', 'distribution_report',
+           'historical']
 
 # %% ../nbs/13_metrics.ipynb #df365690
 import re
@@ -236,6 +237,23 @@ def image_metrics(pred:Tensor,   # (B,C,H,W) in [0,1], the composite
     maps = dict(l1=(pred - image).abs(), psnr=(pred - image)**2, ssim=ssim_map(pred, image))
     out = {name + end: _mean(x, m) for end, m in (('', None), ('_hole', mask)) for name, x in maps.items()}
     return out | {name: -10*v.log10() for name, v in out.items() if name.startswith('psnr')}
+
+# %% ../nbs/13_metrics.ipynb #06fd8b20
+def filling_metrics(comp:Tensor,   # (B,3,H,W) in [0,1], the composite
+                    image:Tensor,  # (B,3,H,W) in [0,1]
+                    mask:Tensor,   # (B,1,H,W), 1 = hole
+                    *, pred=None,      # (B,3,H,W), the raw output: its boundary jump, too
+                    lpips_net=None,    # of `load_lpips`; None: without LPIPS
+                    sigma=2.,          # of Canny, pixels
+                   )->dict:            # name -> (B,), NaN where undefined
+    "All measures of a filling: `image_metrics`, edges, slopes, chroma in the hole, jump at its border, LPIPS of the whole"
+    found, true = (edge_maps(_gray(x), sigma) for x in (comp, image))
+    out = image_metrics(comp, image, mask)
+    out |= dict(zip(('edge_precision', 'edge_recall'), edge_precision_recall(found, true, mask)))
+    out |= dict(edge_f1=edge_f1(comp, image, mask, sigma), gradient_error=gradient_error(comp, image, mask),
+                chroma_error=chroma_error(comp, image, mask), boundary_jump=boundary_jump(comp, mask))
+    if pred is not None: out['boundary_jump_of_pred'] = boundary_jump(pred.clamp(0, 1), mask)
+    return out | ({} if lpips_net is None else dict(lpips=lpips(comp, image, net=lpips_net)))
 
 # %% ../nbs/13_metrics.ipynb #3bdc7a67
 def bootstrap_ci(values,    # n finite numbers
