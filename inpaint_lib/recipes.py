@@ -361,6 +361,8 @@ class EvaluateParameters:
     size:int = 64              # pixels of the square test picture
     per_bin:int = -1           # pictures per hole-ratio bin; -1 = 2, or each mask of mask_dir once
     crop:str = 'random'        # random (keyed by seed and index) or center
+    lpips:str = ''             # AlexNet's weights for LPIPS: auto (downloaded), a file, '' = leave it out
+    features:str = ''          # Inception's weights for KID: auto, a file, '' = leave it out
     seed:int = 0
     batch_size:int = 4
     device:str = 'auto'
