@@ -4,9 +4,14 @@ import os
 if 'PYTEST_XDIST_WORKER' in os.environ:              # a worker and what it starts have one core: more threads would only spin
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import multiprocessing
 import random
+import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SLOW = ('test_papermill.py', 'test_official.py', 'test_distributed.py', 'test_edge_connect.py', 'test_training.py', 'test_inference.py', 'test_recipes.py')
 
@@ -23,3 +28,21 @@ def pytest_runtest_setup():
     import numpy
     import torch
     random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
+
+
+@pytest.fixture(scope='module')
+def papermill():
+    "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook). Each call is a process, forked from one that has papermill"
+    sys.path.insert(0, str(ROOT/'tests'/'scripts'))
+    import papermill_process
+    processes = multiprocessing.get_context('forkserver')
+    processes.set_forkserver_preload(['papermill.__main__', 'papermill_process'])
+    def call(stem, out, **parameters):
+        target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
+        command = ['--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
+        for k, v in parameters.items(): command += ['-p', k, v]
+        env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '2'))
+        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), out, env, err))
+        p.start(); p.join()
+        return p.exitcode, err.read_text(), target
+    return call

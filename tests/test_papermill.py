@@ -1,8 +1,5 @@
 """The papermill notebooks as a scheduler runs them: subprocesses, parameters by name, exit codes."""
 import json
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 
 import nbformat
@@ -13,24 +10,6 @@ from PIL import Image
 from inpaint_lib.data.images import builtin_photograph
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/'tests'/'scripts'))
-import papermill_process  # noqa: E402
-
-
-@pytest.fixture(scope='module')
-def papermill():
-    "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook). Each call is a process, forked from one that has papermill"
-    processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload(['papermill.__main__', 'papermill_process'])
-    def call(stem, out, **parameters):
-        target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
-        command = ['--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
-        for k, v in parameters.items(): command += ['-p', k, v]
-        env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '2'))
-        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), out, env, err))
-        p.start(); p.join()
-        return p.exitcode, err.read_text(), target
-    return call
 
 
 @pytest.fixture(scope='module')
