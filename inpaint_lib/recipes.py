@@ -362,7 +362,7 @@ class EvaluateParameters:
     per_bin:int = -1           # pictures per hole-ratio bin; -1 = 2, or each mask of mask_dir once
     crop:str = 'random'        # random (keyed by seed and index) or center
     lpips:str = ''             # AlexNet's weights for LPIPS: auto (downloaded), a file, '' = leave it out
-    features:str = ''          # Inception's weights for KID: auto, a file, '' = leave it out
+    features:str = ''          # Inception for KID: auto or a file (torchvision's), compat or compat=FILE (FID's own), '' = leave it out
     seed:int = 0
     batch_size:int = 4
     device:str = 'auto'

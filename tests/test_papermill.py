@@ -175,3 +175,15 @@ def test_the_first_cells_of_41_can_be_run_again():
     space = {'__name__': '__main__'}
     with pytest.raises(InputError, match="parameter 'images' is unknown"):
         for cell in (first, parameters, "images = '/photos'", look): exec(cell, space)
+
+
+def test_evaluation_with_a_network_of_ones_own(papermill, tmp_path):
+    "LPIPS on AlexNet's layers from a file (random ones here: no number of this test is an LPIPS)"
+    from safetensors.torch import save_file
+    from torchvision.models import alexnet
+    save_file({k: v for k, v in alexnet().state_dict().items() if k.startswith('features')}, tmp_path/'alexnet.safetensors')
+    code, err, _ = papermill('41_evaluate', tmp_path, method='telea', lpips=tmp_path/'alexnet.safetensors', per_bin=1, out_dir=tmp_path/'out')
+    assert code == 0, err
+    report = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert report['metrics']['all']['lpips']['mean'] > 0 and report['sets'] == {} and report['parameters']['lpips'] == 'alexnet.safetensors'
+    assert {'edge_precision', 'edge_recall', 'edge_f1', 'gradient_error', 'chroma_error', 'boundary_jump'} <= report['metrics']['all'].keys()
