@@ -1,10 +1,10 @@
-"""README's table of all methods, from figures/compare.json. `python tests/readme.py` writes it; a test compares."""
+"""README's tables of all methods and of all claims, from figures/compare.json and claims.json. `python tests/readme.py`
+writes them; tests compare."""
 import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = '<!-- compare: written by tests/readme.py from figures/compare.json -->', '<!-- /compare -->'
 TITLES = dict(context_encoder='Context Encoder', structural_inpainting='Structural Inpainting', partial_conv='Partial Convolution',
               deepfill_v1='DeepFill v1', deepfill_v2='DeepFill v2', edge_connect='EdgeConnect', structure_flow='StructureFlow',
               copy_mean='mean colour', telea='Telea', navier_stokes='Navier-Stokes', biharmonic='biharmonic', patch='patches')
@@ -48,14 +48,36 @@ def block(report):
     return '\n'.join([*lines, '', note])
 
 
-def written(text, report):
-    "README with the block of this report"
-    pattern = re.compile(re.escape(BEGIN) + '.*?' + re.escape(END), re.S)
-    if len(pattern.findall(text)) != 1: raise SystemExit(f'README.md: expected once: {BEGIN} ... {END}')
-    return pattern.sub(lambda _: f'{BEGIN}\n{block(report)}\n{END}', text)
+def verdicts(rows):
+    "One line for each claim of the ledger: its first deciding row stands for it"
+    lines = ['| | claim | note | verdict | by |', '|---|---|---|---|---|']
+    for n in sorted({r['number'] for r in rows}):
+        r = next(r for r in rows if r['number'] == n and r['decides'])
+        if r.get('exact'): by = f"exact, {r['n']} cases"
+        elif r['interval']:
+            numbers = '{:+.3g} [{:+.3g}, {:+.3g}]'.format(r['value'], *r['interval'])
+            by = f"{r['experiment']}: {r['measure']} {numbers}, {r['n']} x {r['seeds']}"
+        else: by = r['reason']
+        lines.append(f"| {n} | {r['claim']} | {r['source']} | {'**' + r['overall'] + '**' if r['overall'] != 'undecided' else 'undecided'} | {by} |")
+    return '\n'.join(lines)
+
+
+def marks(name): return f'<!-- {name}: written by tests/readme.py from figures/{name}.json -->', f'<!-- /{name} -->'
+
+
+def written(text, **blocks):
+    "README with these blocks between their markers"
+    for name, block_ in blocks.items():
+        begin, end = marks(name); pattern = re.compile(re.escape(begin) + '.*?' + re.escape(end), re.S)
+        if len(pattern.findall(text)) != 1: raise SystemExit(f'README.md: expected once: {begin} ... {end}')
+        text = pattern.sub(lambda _: f'{begin}\n{block_}\n{end}', text)
+    return text
+
+
+def committed(name): return json.loads((ROOT/'figures'/f'{name}.json').read_text())
 
 
 if __name__ == '__main__':
-    path, report = ROOT/'README.md', json.loads((ROOT/'figures'/'compare.json').read_text())
-    path.write_text(written(path.read_text(), report))
-    print('README.md: table of', len(report['tables']['images']['methods']), 'methods written')
+    path = ROOT/'README.md'
+    path.write_text(written(path.read_text(), compare=block(committed('compare')), claims=verdicts(committed('claims'))))
+    print('README.md: both tables written')
