@@ -178,9 +178,9 @@ def test_recorded_failures_get_their_line(name, symptom, recorded):
 
 
 def test_a_collapsing_critic_is_told_without_bands(study):
-    "A generator that can't follow: the Context Encoder's critic wins within 13 steps"
+    "A generator that can't follow: the Context Encoder's critic wins within 42 steps"
     recipe, _, data = recipes.build('context_encoder', 'smoke', config=dict(width=.1, d2g=1000., lr=1e-5))
-    assert sections(lived(recipe, lambda rng, i, size: _box(size), 13, data.size)) == [health.SECTIONS['won']]
+    assert sections(lived(recipe, lambda rng, i, size: _box(size), 42, data.size)) == [health.SECTIONS['won']]
 
 
 def test_critics_of_all_methods_are_known():
@@ -232,6 +232,14 @@ def test_without_bands_only_what_holds_for_every_run(study, tmp_path, capsys, mo
     assert watch.expected is None and out.count('\n') == 1 and 'figures/health.json is missing' in out
     smoke(tmp_path/'run', study, 3, 'inverted'); out = capsys.readouterr().out
     assert out.count('only what holds for every run') == 1 and out.count('WARNING') == 1
+
+
+def test_damaged_bands_are_told_and_stop_no_training(study, tmp_path, capsys):
+    (tmp_path/'health.json').write_text(BANDS.read_text()[:500])
+    recipe, run, data = recipes.build('edge_connect.edge', 'tiny', run=dict(steps=1, device='cpu'))
+    assert health.watch_run(recipe, data, 'tiny', figures=tmp_path).expected is None
+    line = capsys.readouterr().out
+    assert line.count('\n') == 1 and 'health.json' in line and 'only what holds for every run' in line
 
 
 @pytest.mark.parametrize('change, word', [(dict(config=dict(lr=2e-3)), 'lr=0.002'), (dict(data=dict(size=96)), '96'), (dict(data=dict(masks='center')), 'center')])
