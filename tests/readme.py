@@ -38,11 +38,14 @@ def block(report):
     images, seconds, files = report['tables']['images'], report['tables']['seconds'], report['shipped']
     names = [m for m in TITLES if m in images['methods']]
     head = ['method', f"L1 %, {images['amount']:g} pictures each", f"L1 %, {seconds['amount']:g} s each", f"PSNR, {seconds['amount']:g} s each",
-            'L1 %, weights included', 'PSNR, weights included', 'SSIM, weights included', 'parameters', 'GMAC', 'ms', 'MiB']
+            'L1 %, weights included', 'PSNR, weights included', 'SSIM, weights included', 'parameters', 'GMAC', 'ms', 'MiB beside the weights']
     lines = ['| ' + ' | '.join(head) + ' |', '|---'*len(head) + '|', *(row(report, m) for m in names)]
+    used = [r['seconds'] for r in seconds['methods'].values() if r['stages']]
     note = (f"In the hole, mean and 95 % interval. Equal budgets: {images['seeds']} seeds, {report['pictures']} held-out pictures of "
-            f"{report['size']}x{report['size']} (protocol `{report['protocol']}`), preset `{report['settings']['preset']}`, "
-            f"{report['settings']['precision']}, {report['device']}. Weights included: one training each, with unequal budgets, "
+            f"{report['size']}x{report['size']} (protocol `{report['protocol']}`), preset `{report['settings']['preset']}` "
+            f"(changed: {report['settings']['options'].replace(';', ',')}; features of {report['settings']['vgg_weights']}), "
+            f"{report['settings']['precision']}, {report['device']}. Seconds are planned from a measured pace; {min(used):.0f} to {max(used):.0f} "
+            f"were used. Weights included: one training each, with unequal budgets, "
             f"{files['pictures']} pictures of {files['size']}x{files['size']} from {files['photographs']} photographs of Kodak "
             f"(protocol `{files['protocol']}`). Cost: of filling one picture of {report['size']}x{report['size']} on the same device.")
     return '\n'.join([*lines, '', note])
@@ -56,8 +59,14 @@ def verdicts(rows):
         if r.get('exact'): by = f"exact, {r['n']} cases"
         elif r['interval']:
             numbers = '{:+.3g} [{:+.3g}, {:+.3g}]'.format(r['value'], *r['interval'])
-            by = f"{r['experiment']}: {r['measure']} {numbers}, {r['n']} x {r['seeds']}"
-        else: by = r['reason']
+            more = sum(q['number'] == n and q['decides'] for q in rows) - 1
+            by = f"{r['experiment']}: {r['measure']} {numbers}, {r['n']} x {r['seeds']}" + f' (and {more} more)'*bool(more)
+        else: by = ''
+        if r['overall'] == 'undecided':
+            said = {q['verdict'] for q in rows if q['number'] == n and q['decides']}
+            why = dict.fromkeys(q['reason'] for q in rows if q['number'] == n and q['decides'] and 'reason' in q)
+            by = '; '.join(filter(None, [by, *why, 'measures contradict each other'*({'reproduced', 'not reproduced'} <= said)]))
+        if r['denied']: by += ' (the note denies it, and so does the measurement)'
         lines.append(f"| {n} | {r['claim']} | {r['source']} | {'**' + r['overall'] + '**' if r['overall'] != 'undecided' else 'undecided'} | {by} |")
     return '\n'.join(lines)
 
