@@ -113,3 +113,12 @@ def test_readme_shows_the_committed_tables(committed):
     assert readme.written(text, compare=readme.block(committed), claims=readme.verdicts(claims)) == text, 'run: python tests/readme.py'
     other = json.loads(json.dumps(committed)); other['tables']['images']['methods']['telea']['bins']['all']['l1_hole']['mean'] += .01
     assert readme.block(other) not in text and readme.verdicts([r | dict(overall='denied') for r in claims]) not in text
+
+
+def test_last_weights_are_of_the_same_comparison(committed):
+    last, text = readme.committed('compare_last'), (ROOT/'README.md').read_text()
+    assert last['protocol'] == committed['protocol'] and last['settings'] == committed['settings'] | dict(ema=0.)
+    for m, said in (('edge_connect', 'EdgeConnect'), ('structure_flow', 'StructureFlow')):
+        got = last['tables']['images']['methods'][m]['bins']['all']['l1_hole']
+        assert got['mean'] < committed['tables']['images']['methods'][m]['bins']['all']['l1_hole']['mean']
+        assert f"{said} {100*got['mean']:.1f} %" in text
