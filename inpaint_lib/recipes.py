@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PLANS', 'DataConfig', 'Stage', 'Part', 'Net', 'read_net', 'load_net', 'parse_nets', 'vgg_fields',
            'shorten', 'uses_vgg', 'make_vgg', 'build', 'RunParameters', 'TrainParameters', 'EvaluateParameters',
-           'check_parameters', 'given_parameters', 'parse_options', 'parse_mask_options', 'build_run', 'rooted']
+           'check_parameters', 'given_parameters', 'parse_options', 'parse_mask_options', 'build_run', 'rooted',
+           'data_place', 'weights_place']
 
 # %% ../nbs/30_recipes.ipynb #207a687d
 import dataclasses, difflib, math
@@ -436,7 +437,7 @@ def build_run(p:TrainParameters)->tuple:
     config = parse_options(p.options, stage.config)
     if p.guide_dir and hasattr(stage.config, 'lam') and config.get('guide', 'rtv') != 'rtv':
         raise InputError(f"guide_dir is '{p.guide_dir}', but guide={config['guide']} needs no smoothed photographs; expected ''")
-    if stage.vgg: config |= dict(vgg_weights=p.vgg_weights if p.vgg_weights in ('auto', 'none') else str(rooted(p.vgg_weights)))
+    if stage.vgg: config |= dict(vgg_weights=weights_place(p.vgg_weights))
     run = given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,))
     run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights')}
     nets = {k: rooted(v) for k, v in parse_nets(p.checkpoints).items()}
@@ -448,3 +449,11 @@ def rooted(path)->Path:
     "A parameter's path: absolute as it is, relative from the checkout's root (papermill runs notebooks in nbs/)"
     path = Path(path).expanduser()
     return path if path.is_absolute() else (checkout() or Path.cwd())/path
+
+def data_place(word:str):
+    "Where pictures come from: a folder, rooted; 'builtin' and a data set's name as they are"
+    return word if word == 'builtin' or not rooted(word).exists() else rooted(word)
+
+def weights_place(word:str)->str:
+    "A weights file, rooted; 'auto' and 'none' as they are"
+    return word if word in ('auto', 'none') else str(rooted(word))
