@@ -114,11 +114,14 @@ def _holes(spec:dict, files=(), folder=None):  # spec: the head of a manifest
     where = _located(files, images.FolderImages(folder), folder)
     return part(_from_file, size=spec['size'], paths={c: paths[i] for c, i in where.items()})
 
+# %% ../nbs/16_protocol.ipynb #bdefc893
 def bin_label(b:int|None)->str:
     "'10-20%' for the second of HOLE_BINS, 'outside the bins' for None"
     return 'outside the bins' if b is None else '{:.0f}-{:.0f}%'.format(*(100*x for x in masks.HOLE_BINS[b]))
 
-def bin_name(mask)->str: return bin_label(masks.bin_of(masks.hole_ratio(mask)))      # of a mask of that hole ratio
+def bin_name(mask)->str:
+    "`bin_label` of a mask's own hole ratio"
+    return bin_label(masks.bin_of(masks.hole_ratio(mask)))
 
 # %% ../nbs/16_protocol.ipynb #0926b563
 class EvaluationSet:
