@@ -44,6 +44,7 @@ class Photo:
 
 def _pixels(source, i)->str:
     try: return content(source.read(i))
+    except images.ShardError: raise                           # a lost shard may hold the very picture
     except InputError: return ''                              # a broken file is none of ours
 
 def _bytes(source, i)->str:

@@ -6,15 +6,18 @@
 __all__ = ['RECIPES', 'PLANS', 'DataConfig', 'Stage', 'Part', 'Net', 'read_net', 'load_net', 'parse_nets', 'vgg_fields',
            'shorten', 'uses_vgg', 'make_vgg', 'build', 'RunParameters', 'TrainParameters', 'EvaluateParameters',
            'check_parameters', 'given_parameters', 'parse_options', 'parse_mask_options', 'build_run', 'rooted',
-           'data_place', 'weights_place']
+           'data_place', 'weights_place', 'Job', 'prepare', 'train_job']
 
 # %% ../nbs/30_recipes.ipynb #207a687d
-import dataclasses, difflib, math
+import contextlib, dataclasses, difflib, hashlib, io, math, os, sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from . import health
 from .core import InputError, checkout, count_params, fingerprint, set_seed
-from .training import Recipe, TrainConfig, load_weights
+from .data import images, masks as mask_kinds, structure
+from .training import Recipe, TrainConfig, TrainResult, TrainingStopped, load_weights, train
 from .papers import context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, edge_connect as ec, partial_conv as pc, structural_inpainting as si, structure_flow as sf
 
 # %% ../nbs/30_recipes.ipynb #b6e16afd
@@ -321,6 +324,10 @@ class RunParameters:
     ema:float = -1.            # decay of the averaged generator
     weights:str = 'fp32'       # of weights.safetensors: or fp16
     save_every:int = 0         # steps between checkpoints
+    channels_last:bool = False # memory layout that GPUs like in bf16 (44_benchmark measures it)
+    tensorboard:bool = False   # also write for TensorBoard, into out_dir/tensorboard
+    keep_shards:int = 0        # streamed shards of data_dir that stay on this machine's disk, 8 or more; 0 = all
+    processes:int = 1          # on this machine, one for each GPU; the batch is shared out
 
 # %% ../nbs/30_recipes.ipynb #8bd1c91b
 @dataclasses.dataclass
@@ -328,7 +335,7 @@ class TrainParameters(RunParameters):
     "Parameters of 40_train.ipynb. 0 or '' mean: the preset's value"
     recipe:str = 'edge_connect.edge'  # a name in RECIPES
     preset:str = 'smoke'       # smoke (seconds), tiny (minutes on a CPU), paper
-    data_dir:str = 'builtin'   # a folder of images (recursive), 'builtin', or a torchvision data set's name
+    data_dir:str = 'builtin'   # a folder of images (recursive), 'builtin', a torchvision data set's name, WebDataset shards (01_data.images)
     test_dir:str = 'builtin'   # where the sample rows' pictures come from: never trained on
     mask_dir:str = ''          # folder of mask files, for masks=irregular or files
     guide_dir:str = ''         # folder of edge maps (HED), one per picture, same names; for StructureFlow: where smoothed photographs are kept
@@ -378,10 +385,17 @@ def check_parameters(given:dict,  # name -> value: everything that the parameter
         if k not in fields:
             near = difflib.get_close_matches(k, fields, 1)
             raise InputError(f"parameter '{k}' is unknown" + (f"; did you mean '{near[0]}'?" if near else f"; expected some of {', '.join(fields)}"))
-        want = fields[k].type
-        if want is float and type(v) is int: given = {**given, k: float(v)}
-        elif type(v) is not want: raise InputError(f"parameter '{k}' is {v!r} ({type(v).__name__}); expected {want.__name__}")
+        given = {**given, k: _cast(k, v, fields[k].type)}
     return schema(**given)
+
+# %% ../nbs/30_recipes.ipynb #f3a00f42
+def _cast(name, v, want):
+    "`v` as type `want`: itself, an int for a float, the text of a number or of a truth value; `InputError` otherwise"
+    if type(v) is want or want is float and type(v) is int: return want(v)
+    try:
+        if isinstance(v, str): return {'true': True, 'false': False}[v.strip().lower()] if want is bool else want(v)
+    except (KeyError, ValueError): pass           # the line below says what is wrong
+    raise InputError(f"parameter '{name}' is {v!r} ({type(v).__name__}); expected {want.__name__}")
 
 # %% ../nbs/30_recipes.ipynb #0941aaa3
 def given_parameters(namespace:dict,  # globals() after the parameters cell and papermill's
@@ -406,6 +420,7 @@ def parse_options(text:str, config:type)->dict:
         except (KeyError, ValueError): raise InputError(f"options: {k} is '{v}', expected {_kind(defaults[k])}") from None
     return out
 
+# %% ../nbs/30_recipes.ipynb #6a3435ac
 def _typed(text, like):
     if isinstance(like, bool): return {'true': True, 'false': False}[text.lower()]
     if isinstance(like, tuple):
@@ -439,7 +454,7 @@ def build_run(p:TrainParameters)->tuple:
         raise InputError(f"guide_dir is '{p.guide_dir}', but guide={config['guide']} needs no smoothed photographs; expected ''")
     if stage.vgg: config |= dict(vgg_weights=weights_place(p.vgg_weights))
     run = given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,))
-    run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights')}
+    run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights', 'channels_last', 'tensorboard')}
     nets = {k: rooted(v) for k, v in parse_nets(p.checkpoints).items()}
     data = given('size', 'masks') | ({'mask_options': parse_mask_options(p.mask_options)} if p.mask_options else {})
     return build(p.recipe, p.preset, config=config, run=run, data=data, checkpoints=nets, vgg_layers=p.vgg_layers)
@@ -450,10 +465,89 @@ def rooted(path)->Path:
     path = Path(path).expanduser()
     return path if path.is_absolute() else (checkout() or Path.cwd())/path
 
+# %% ../nbs/30_recipes.ipynb #10ee980b
 def data_place(word:str):
-    "Where pictures come from: a folder, rooted; 'builtin' and a data set's name as they are"
-    return word if word == 'builtin' or not rooted(word).exists() else rooted(word)
+    "Where pictures come from: a folder, or shards in files, rooted; 'builtin', a data set's name and an address as they are"
+    if word == 'builtin' or '://' in word or word.startswith('pipe:'): return word
+    return rooted(word) if rooted(word).exists() or word.endswith('.tar') else word
 
 def weights_place(word:str)->str:
     "A weights file, rooted; 'auto' and 'none' as they are"
     return word if word in ('auto', 'none') else str(rooted(word))
+
+# %% ../nbs/30_recipes.ipynb #7c9da370
+@dataclasses.dataclass
+class Job:
+    "A training that is ready to start"
+    recipe:Recipe
+    run:TrainConfig
+    data:DataConfig
+    dataset:images.PhotoDataset    # photographs with holes, to train on
+    samples:dict                   # a batch of held-out pictures with holes
+    identity:dict                  # must be the same when the run goes on
+    meta:dict                      # kept with the weights: no paths of this machine
+
+# %% ../nbs/30_recipes.ipynb #f87c1ea8
+def prepare(p:TrainParameters)->Job:
+    "Everything that the parameters of 40_train describe. `InputError` for what isn't there or doesn't fit"
+    net, run, data = build_run(p)
+    rtv = {k: getattr(net.config, k) for k in ('lam', 'sigma', 'sharpness', 'iterations') if hasattr(net.config, k)}
+    files = dict(folder=rooted(p.mask_dir)) if p.mask_dir else {}
+    masks_of = mask_kinds.mask_sampler(data.masks, **files, **data.mask_options)
+    source = images.open_source(data_place(p.data_dir), 'train', keep=p.keep_shards)
+    edges = images.open_source(data_place(p.guide_dir)) if p.guide_dir and not rtv else None
+    smooth = structure.StructureCache(source, rooted(p.guide_dir), **rtv) if p.guide_dir and rtv else None
+    dataset = images.PhotoDataset(source, data.size, masks_of, seed=run.seed, edges=edges, structures=smooth)
+    meta = dict(preset=p.preset, data=_data_name(p.data_dir), data_config=dataclasses.asdict(data), photographs=len(source))
+    identity = dict(meta['data_config'], photographs=_digest(source.names), start=net.start, masks_from=_below(p.mask_dir),
+                    edges_from=_digest(edges.names) if edges else '', structures=('of whole files' if smooth else 'of crops') if rtv else '')
+    if dataset.groups: identity['shards'] = _digest(dataset.groups)          # another division is another order
+    return Job(net, run, data, dataset, _held_out(p, data, masks_of, run.seed), identity, meta)
+
+# %% ../nbs/30_recipes.ipynb #d0bfe80e
+def _digest(names): return f"{len(names)} files {hashlib.sha256(chr(10).join(map(str, names)).encode()).hexdigest()[:12]}"
+def _data_name(word): return 'pipe' if word.startswith('pipe:') else Path(word.partition('?')[0]).name    # no folder of this machine, no key of an address
+def _below(folder): return _digest([f.relative_to(rooted(folder)) for f in images.list_images(rooted(folder))]) if folder else ''
+
+# %% ../nbs/30_recipes.ipynb #bfbb9823
+def _held_out(p, data, masks_of, seed):
+    "Four pictures of test_dir with holes, as a batch"
+    held_out = images.open_source(data_place(p.test_dir), 'test')
+    test = images.PhotoDataset(held_out, data.size, masks_of, seed=seed)
+    samples = images.collate([test[i, i % len(held_out)] for i in range(4)])
+    hole = lambda i: mask_kinds.sample_bin_mask(i + 1, i, size=data.size, seed=seed)     # bins 1 to 4
+    if data.masks == 'bins': samples['mask'] = torch.stack([torch.from_numpy(hole(i))[None].float() for i in range(len(samples['image']))])
+    return samples
+
+# %% ../nbs/30_recipes.ipynb #cd9ce1be
+def train_job(p:TrainParameters, out, job:Job|None=None)->TrainResult:
+    "Train what the parameters describe, into folder `out`, in `p.processes` processes; `InputError`: bad input, also that of another process"
+    if p.processes < 1: raise InputError(f'processes is {p.processes}; expected 1 or more')
+    job = job or prepare(p)
+    if p.processes > 1: _launch(p, out, job)                      # then all that is left to do here is to read what they made
+    watch = health.watch_run(job.recipe, job.data, p.preset, out, begun_from=set(job.recipe.start) & set(RECIPES[p.recipe].takes)) if p.processes == 1 else None
+    return train(job.recipe, job.dataset, job.run, out, samples=job.samples, resume=p.resume, meta=job.meta, identity=job.identity, watch=watch)
+
+# %% ../nbs/30_recipes.ipynb #aa155b5c
+def _launch(p, out, job):
+    "Train in several processes, forked from this one"
+    from accelerate import notebook_launcher
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    if 'WORLD_SIZE' in os.environ: raise InputError(f'processes is {p.processes} in a process that torchrun started; expected 1')
+    if job.run.batch_size % (p.processes*job.run.accumulate):
+        raise InputError(f'batch_size {job.run.batch_size} does not divide into {p.processes} processes x {job.run.accumulate} accumulation steps')
+    screen = sys.stdout
+    try:
+        with patch_environment(omp_num_threads=1), contextlib.redirect_stdout(io.StringIO()):      # the launcher speaks of CUDAs, also on a CPU
+            notebook_launcher(_process, (p, out, job, screen), num_processes=p.processes, rdzv_backend='c10d', rdzv_endpoint='localhost:0')
+    except ChildFailedError as e:
+        said = e.get_first_failure()[1].message                      # a dict from a process that raised, words for one that was killed
+        kind, _, line = (said['message'] if isinstance(said, dict) else said).partition(': ')
+        if kind in (InputError.__name__, TrainingStopped.__name__): raise InputError(line) from None
+        raise
+
+def _process(p, out, job, screen):
+    "What each of several processes does; it prints to `screen`"
+    torch.set_num_threads(1)          # a forked process hangs in GNU OpenMP's thread pool, which stayed with its parent
+    with contextlib.redirect_stdout(screen): train_job(dataclasses.replace(p, processes=1), out, job)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FREE', 'Recipe', 'TrainConfig', 'frozen', 'Updater', 'weigh', 'd_pass', 'g_pass', 'measured',
            'TrainingStopped', 'step_with', 'follow', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint',
-           'save_weights', 'load_weights', 'TrainResult', 'train', 'calibrate', 'averaged', 'sample_rows',
-           'device_name']
+           'save_weights', 'load_weights', 'TrainResult', 'train', 'locked', 'in_use', 'calibrate', 'averaged',
+           'sample_rows', 'device_name']
 
 # %% ../nbs/14_training.ipynb #00354b13
-import abc, contextlib, dataclasses, json, pickle, sys, time, warnings
+import abc, contextlib, dataclasses, json, pickle, platform, sys, time, warnings
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ class TrainConfig:
     plateau_every:int = 0      # steps over which G's loss is averaged to look for a plateau; 0 = constant rate
     plateau_patience:int = 5   # such averages without improvement before the rate falls tenfold
     min_lr:float = 1e-6        # EdgeConnect: 1e-4, 1e-5, 1e-6
+    tensorboard:bool = False   # also write the log and the sample rows for TensorBoard, into the run's folder
 
     def __post_init__(self): _check_run(self)
 
@@ -88,6 +90,7 @@ def _engine(config):
     AcceleratorState._reset_state(reset_partial_state=not parallel)
     return Accelerator(mixed_precision={'fp32': 'no', 'bf16': 'bf16'}[config.precision], cpu=str(config.device) == 'cpu')
 
+# %% ../nbs/14_training.ipynb #52cf3d36
 @contextlib.contextmanager
 def frozen(net:nn.Module|None):
     "Parameters of `net` get no gradient inside the block"
@@ -273,7 +276,7 @@ def read_checkpoint(path)->dict:
     return state
 
 # %% ../nbs/14_training.ipynb #84bbb820
-FREE = ('steps', 'device', 'workers', 'weights', 'log_every', 'save_every', 'picture_every')  # may differ when a run is continued
+FREE = ('steps', 'device', 'workers', 'weights', 'log_every', 'save_every', 'picture_every', 'tensorboard')  # may differ when a run is continued
 
 def load_checkpoint(up:Updater, path):
     "Go on from `path`. `InputError` that names what differs when the checkpoint is of another recipe, data or other numbers"
@@ -297,6 +300,7 @@ def _check_finite(tensors, path):
     for k, v in tensors.items():
         if not v.isfinite().all(): raise InputError(f'{path}: tensor {k} holds NaN or infinity; expected finite numbers')
 
+# %% ../nbs/14_training.ipynb #07185f0c
 def save_weights(path, nets:dict, meta:dict, *, dtype=None):
     "`nets`: name -> state_dict; `meta`: JSON values (method, recipe, config, ...); `dtype` converts floating tensors. `InputError`: NaN"
     from safetensors.torch import save_file
@@ -336,15 +340,26 @@ class TrainResult:
 # %% ../nbs/14_training.ipynb #b5be1667
 class _Log:
     "log.jsonl: one line per step; begins by dropping what is beyond the step that the run continues from"
-    def __init__(self, path, step):
+    def __init__(self, path, step, board=None):
         from inpaint_lib.viz import read_records
         self.path, self.records = path, [r for r in read_records(path) if r['step'] <= step] if path and path.exists() else []
+        self.board = _board(board, step)
         if path:
             with atomic_write(path) as tmp: tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.records))
     def add(self, record):
         self.records.append(record)
         if self.path:
             with open(self.path, 'a') as f: f.write(json.dumps(record) + '\n')
+        for k, v in record.items() if self.board else ():
+            if k != 'step' and isinstance(v, (int, float)): self.board.add_scalar(k, v, record['step'])
+
+# %% ../nbs/14_training.ipynb #841aa255
+def _board(folder, step):
+    "TensorBoard's writer into `folder`, events beyond `step` dropped; None = no board. `InputError`: not installed"
+    if not folder: return None
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise InputError("tensorboard=True, but the package is not installed; expected: pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
 
 # %% ../nbs/14_training.ipynb #82ec784d
 def _batches(up, dataset):
@@ -354,7 +369,8 @@ def _batches(up, dataset):
     micro, draws = c.batch_size//(world*c.accumulate), r.d_steps + r.separate_batches if r.D is not None else 1
     if micro*world*c.accumulate != c.batch_size:
         raise InputError(f'batch_size {c.batch_size} does not divide into {world} processes x {c.accumulate} accumulation steps')
-    sampler = EndlessSampler(len(dataset), micro, seed=c.seed, start=up.step*draws*c.accumulate, rank=up.engine.process_index, world=world)
+    sampler = EndlessSampler(len(dataset), micro, seed=c.seed, start=up.step*draws*c.accumulate, rank=up.engine.process_index, world=world,
+                             groups=getattr(dataset, 'groups', None))
     stream, last = iter(loader(dataset, sampler, workers=c.workers, collate_fn=_collate)), None
     while True:
         batches = []
@@ -390,20 +406,49 @@ def train(recipe:Recipe,       # what to train
     "Train `recipe`; raises `InputError` (bad input, a folder of another run), `TrainingStopped` (a loss is not finite)"
     up, run_dir = Updater(recipe, config), Path(run_dir) if run_dir else None
     up.identity, up.dataset = identity or {}, dataset
-    log, start, first = _begin(up, run_dir, resume), time.time(), up.step
-    before = up.seconds
-    for record, draws in _steps(up, dataset, progress and up.engine.is_main_process):
-        up.seconds = before + time.time() - start
-        if up.step % config.log_every == 0 or up.step == config.steps:
-            log.add(record)
-            if watch and up.engine.is_main_process: watch(record, draws)
-        _keep(up, run_dir, samples)
-    _end(up, run_dir, meta or {}, trained=up.step > first)
-    up.engine.wait_for_everyone()                     # nobody leaves before the first process has written
+    with locked(run_dir) if run_dir and up.engine.is_main_process else contextlib.nullcontext():
+        log, first = _begin(up, run_dir, resume, meta or {}), up.step
+        try: _go(up, dataset, log, run_dir, samples, watch, progress)
+        except TrainingStopped as e: _note_stop(up, run_dir, str(e)); raise
+        _end(up, run_dir, meta or {}, trained=up.step > first)
+        up.engine.wait_for_everyone()                 # nobody leaves before the first process has written
     return TrainResult(log.records, recipe, up.seconds, sorted(up.skipped), sample_rows(up, samples) if samples is not None else [])
 
+# %% ../nbs/14_training.ipynb #7750aae5
+def _go(up, dataset, log, run_dir, samples, watch, progress):
+    "The updates that are left, logged and kept"
+    main, start, before = up.engine.is_main_process, time.time(), up.seconds
+    for record, draws in _steps(up, dataset, progress and main):
+        up.seconds = before + time.time() - start
+        if up.step % up.config.log_every == 0 or up.step == up.config.steps:
+            log.add(record)
+            if watch and main: watch(record, draws)
+        _keep(up, run_dir, samples, log.board)
+    if log.board: log.board.close()
+
+# %% ../nbs/14_training.ipynb #0ee08b94
+@contextlib.contextmanager
+def locked(run_dir, wait:float=15.):
+    "Nobody else trains in `run_dir` inside the block; `InputError` when somebody still does after `wait` seconds"
+    from filelock import FileLock, Timeout
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(run_dir)/'.lock')
+    try: lock.acquire(timeout=wait)
+    except Timeout: raise InputError(f'{run_dir}: another process is training in this folder; expected it to end first, or another folder') from None
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/14_training.ipynb #63ce15a3
+def in_use(run_dir)->bool:
+    "Does a process train in `run_dir` now?"
+    from filelock import FileLock, Timeout
+    if not (Path(run_dir)/'.lock').exists(): return False
+    try:
+        with FileLock(Path(run_dir)/'.lock', timeout=0): return False
+    except Timeout: return True
+
 # %% ../nbs/14_training.ipynb #7cbe7a8c
-def _begin(up, run_dir, resume):
+def _begin(up, run_dir, resume, meta):
     "Load or write the checkpoint; returns the log"
     if resume not in ('auto', 'never'): raise InputError(f"resume is '{resume}'; expected auto or never")
     main = up.engine.is_main_process
@@ -418,13 +463,31 @@ def _begin(up, run_dir, resume):
     if up.step < up.config.steps:
         for name in ('weights.safetensors', 'run.json'): (run_dir/name).unlink(missing_ok=True)
         if not path.exists(): save_checkpoint(up, path)
-    return _Log(run_dir/'log.jsonl', up.step)
+        _note_start(up, run_dir, meta)
+    return _Log(run_dir/'log.jsonl', up.step, run_dir/'tensorboard' if up.config.tensorboard else None)
+
+# %% ../nbs/14_training.ipynb #5a984d89
+def _note_start(up, run_dir, meta):
+    "started.json: what runs here, and each start of it"
+    path, r = run_dir/'started.json', up.recipe
+    try: starts = json.loads(path.read_text())['starts'] if path.exists() else []
+    except (ValueError, KeyError, TypeError): print(f'{path}: damaged; its earlier starts are lost'); starts = []
+    now = dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), step=up.step, host=platform.node(),
+               device=device_name(up.engine.device), processes=up.engine.num_processes)
+    write_json(path, dict(recipe=r.name, method=r.method, meta=meta, config=_plain_config(r.config), run=dataclasses.asdict(up.config),
+                          identity=up.identity, starts=[*starts, now]))
+
+def _note_stop(up, run_dir, why):
+    "The last start ended by itself, before its end: the reason, for those who look in the morning"
+    if not run_dir or not up.engine.is_main_process: return
+    started = json.loads((run_dir/'started.json').read_text()); started['starts'][-1]['stopped'] = why
+    write_json(run_dir/'started.json', started)
 
 # %% ../nbs/14_training.ipynb #b4f359c7
 def _steps(up, dataset, progress):
     "Make the updates that are left; yields one record per step, and what it was made from"
     from tqdm import tqdm
-    bar = tqdm(total=up.config.steps, initial=up.step, disable=not progress, file=sys.stdout, mininterval=10, ascii=True, ncols=90)
+    bar = tqdm(total=up.config.steps, initial=up.step, disable=not progress or up.step >= up.config.steps, file=sys.stdout, mininterval=10, ascii=True, ncols=90)
     stream = _batches(up, dataset) if up.step < up.config.steps else None
     while up.step < up.config.steps:
         t0 = time.perf_counter(); draws = next(stream); t1 = time.perf_counter()
@@ -444,7 +507,8 @@ def _gather_skipped(up):
     from accelerate.utils import gather_object
     up.skipped = dict.fromkeys(gather_object(sorted(up.skipped)))
 
-def _keep(up, run_dir, samples):
+# %% ../nbs/14_training.ipynb #30595811
+def _keep(up, run_dir, samples, board=None):
     "Checkpoint and sample rows, when due; the first process writes"
     c, last = up.config, up.step == up.config.steps
     if not run_dir: return
@@ -454,6 +518,7 @@ def _keep(up, run_dir, samples):
     if up.engine.is_main_process and samples is not None and (last or c.picture_every and up.step % c.picture_every == 0):
         from inpaint_lib.viz import image_rows, save_figure
         figure = image_rows(sample_rows(up, samples), suptitle='; '.join(up.recipe.deviations) or None)
+        if board: board.add_figure('samples', figure, up.step, close=False)
         save_figure(figure, run_dir/'samples'/f'step_{up.step:07d}.png')
 
 # %% ../nbs/14_training.ipynb #c2100f03
@@ -476,7 +541,8 @@ def _first_batches(up, n=16):
     from inpaint_lib.data.images import EndlessSampler, loader
     if up.dataset is None: return
     size = max(2, min(up.config.batch_size, 32)//up.config.accumulate)
-    stream = iter(loader(up.dataset, EndlessSampler(len(up.dataset), size, seed=up.config.seed), collate_fn=_collate))
+    sampler = EndlessSampler(len(up.dataset), size, seed=up.config.seed, groups=getattr(up.dataset, 'groups', None))
+    stream = iter(loader(up.dataset, sampler, collate_fn=_collate))
     for batch in (next(stream) for _ in range(n)):
         batch.pop('skipped', None)
         if batch: yield send_to_device(batch, up.engine.device)

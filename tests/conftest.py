@@ -1,8 +1,7 @@
 "What every test may rely on, in whichever process and order it runs (`pytest`, `pytest -n 2 --dist loadfile`)"
 import os
 
-if 'PYTEST_XDIST_WORKER' in os.environ:              # a worker and what it starts have one core: more threads would only spin
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1')        # as in `make test`: two workers share two cores, and sums depend on the number of threads
 
 import multiprocessing
 import random
@@ -13,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SLOW = ('test_papermill.py', 'test_official.py', 'test_distributed.py', 'test_edge_connect.py', 'test_training.py', 'test_inference.py', 'test_recipes.py')
+SLOW = ('test_scheduled.py', 'test_runs.py', 'test_papermill.py', 'test_official.py', 'test_distributed.py', 'test_edge_connect.py', 'test_training.py', 'test_inference.py', 'test_recipes.py')
 
 
 def pytest_collection_modifyitems(items):
@@ -41,7 +40,7 @@ def papermill():
         target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
         command = ['--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
         for k, v in parameters.items(): command += ['-p', k, v]
-        env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '2'))
+        env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ['OMP_NUM_THREADS'])
         p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), out, env, err))
         p.start(); p.join()
         return p.exitcode, err.read_text(), target

@@ -250,7 +250,7 @@ def test_methods_lists_them(run):
     assert any(line.startswith('edge_connect ') and '1901.00212' in line for line in out.splitlines())
 
 
-@pytest.mark.parametrize('command', ['fill', 'train', 'evaluate', 'import', 'methods'])
+@pytest.mark.parametrize('command', ['fill', 'train', 'evaluate', 'runs', 'shards', 'import', 'methods'])
 def test_help(command, run):
     code, out, err = run(command, '--help')
     assert code == 0 and out.startswith(f'usage: inpaint {command}') and not err

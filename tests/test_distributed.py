@@ -1,6 +1,7 @@
-"""Two processes on this machine's CPU (gloo, through torchrun) compute what one process computes."""
+"""Two processes on this machine's CPU (gloo, through torchrun or the notebook launcher) compute what one process computes."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,55 @@ def test_a_run_under_torchrun_leaves_one_log_and_resumes_exactly(tmp_path):
     log = [json.loads(line) for line in (tmp_path/'parts'/'log.jsonl').read_text().splitlines()]
     assert [r['step'] for r in log] == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path/'parts'/'run.json').read_text())['processes'] == 2
+
+
+LAUNCHED = ("import sys; from pathlib import Path; from inpaint_lib import recipes\n"
+            "p = recipes.TrainParameters(processes=2, device='cpu', seed=5, steps=int(sys.argv[2]), options=sys.argv[3], ema=.5)\n"
+            "try: print(len(recipes.train_job(p, Path(sys.argv[1])).records), 'records')\n"
+            "except recipes.InputError as e: print('refused:', e)")
+
+
+def launched(folder, steps, options='width=0.05'):
+    "What is printed by a process that calls the notebook launcher, as 40_train with processes=2 does"
+    r = subprocess.run([sys.executable, '-c', LAUNCHED, str(folder), str(steps), options], capture_output=True, text=True, cwd=SCRIPTS.parent.parent)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return r.stdout
+
+
+@pytest.fixture(scope='module')
+def commanded(tmp_path_factory):
+    "A run of six steps by `torchrun ... inpaint train`: its first process executes the notebook"
+    folder = tmp_path_factory.mktemp('commanded')
+    line = [*TORCHRUN, str(Path(sys.executable).parent/'inpaint'), 'train', 'edge_connect.edge', '--preset', 'smoke', '--out', str(folder)]
+    for k, v in dict(device='cpu', seed=5, steps=6, options='width=0.05', ema=.5).items(): line += ['-p', k, str(v)]
+    r = subprocess.run([sys.executable, *line], capture_output=True, text=True, cwd=folder.parent)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return folder
+
+
+def test_torchrun_trains_and_its_first_process_makes_the_report(commanded):
+    started, ended = (json.loads((commanded/name).read_text()) for name in ('started.json', 'run.json'))
+    assert [s['processes'] for s in started['starts']] == [2] and ended['processes'] == 2 and ended['parameters']['steps'] == 6
+    assert [json.loads(line)['step'] for line in open(commanded/'log.jsonl')] == [1, 2, 3, 4, 5, 6]
+    assert {'40_train.ipynb', 'samples.png', 'weights.safetensors'} <= {p.name for p in commanded.iterdir()}
+
+
+def test_the_notebook_launcher_goes_on_and_equals_torchrun(commanded, tmp_path):
+    "3 + 3 steps by two forked processes = 6 steps by torchrun's two, bit for bit"
+    assert '3 records' in launched(tmp_path/'run', 3) and '6 records' in launched(tmp_path/'run', 6)
+    a, b = (training.read_checkpoint(folder/'checkpoint.pt') for folder in (commanded, tmp_path/'run'))
+    assert a['step'] == b['step'] == 6 and all(torch.equal(a[n][k], b[n][k]) for n in ('G', 'D', 'ema') for k in a[n])
+    assert [s['processes'] for s in json.loads((tmp_path/'run'/'started.json').read_text())['starts']] == [2, 2]
+
+
+def test_two_processes_train_like_one(commanded, tmp_path):
+    "In float32, over six steps, the losses agree to rounding; batch and learning rate are the same"
+    from inpaint_lib import recipes
+    p = recipes.TrainParameters(device='cpu', seed=5, steps=6, options='width=0.05', ema=.5)
+    one, two = recipes.train_job(p, tmp_path/'one').records, [json.loads(line) for line in open(commanded/'log.jsonl')]
+    assert all(relative(a[k], b[k]) < 1e-3 and a['lr'] == b['lr'] for a, b in zip(one, two, strict=True) for k in ('d_adv', 'g_adv', 'fm'))
+
+
+def test_a_bad_step_in_one_process_is_one_line(tmp_path):
+    assert re.search(r"refused: step \d: loss term '\w+' is nan; stopped, the last checkpoint stays", launched(tmp_path, 4, 'width=0.05,lr=1e30'))
+    assert 'nan' in json.loads((tmp_path/'started.json').read_text())['starts'][-1]['stopped']

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'BUILTIN_TRAIN', 'BUILTIN_HELD_OUT', 'TORCHVISION_SETS', 'to_rgb', 'open_image', 'to_tensor', 'to_uint8',
-           'list_images', 'builtin_photograph', 'FolderImages', 'BuiltinImages', 'TorchvisionImages', 'open_source',
-           'Crop', 'random_crop', 'center_crop', 'cut', 'Skipped', 'PhotoDataset', 'collate', 'EndlessSampler',
-           'one_pass', 'PhotoLoader', 'loader']
+           'list_images', 'builtin_photograph', 'FolderImages', 'BuiltinImages', 'TorchvisionImages', 'ShardError',
+           'ShardImages', 'write_shards', 'open_source', 'Crop', 'random_crop', 'center_crop', 'cut', 'Skipped',
+           'PhotoDataset', 'collate', 'EndlessSampler', 'one_pass', 'PhotoLoader', 'loader']
 
 # %% ../../nbs/01_data.images.ipynb #8a743e8a
-import dataclasses, functools, importlib.util, os
+import dataclasses, functools, hashlib, importlib.util, io, json, os, re, shutil, time
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import InputError, checkout, keyed_rng
+from ..core import InputError, atomic_write, checkout, keyed_rng, write_json
 
 # %% ../../nbs/01_data.images.ipynb #111652e4
 def to_rgb(img:Image.Image,  # any mode: L, LA, P, RGBA, CMYK, 1, I;16, I, F
@@ -33,14 +33,17 @@ def to_rgb(img:Image.Image,  # any mode: L, LA, P, RGBA, CMYK, 1, I;16, I, F
     return img.convert('RGB')
 
 # %% ../../nbs/01_data.images.ipynb #3aa2835e
-def open_image(path)->Image.Image:  # RGB, 8 bits, upright
+def open_image(file,               # path, or a binary file that is open
+               *, name=None,       # what an error calls it; None: its path
+              )->Image.Image:      # RGB, 8 bits, upright
     "Open any image file as 8-bit RGB (see `to_rgb`). `InputError` names a missing, truncated or non-image file"
-    if not Path(path).is_file(): raise InputError(f'{path}: no such file; expected an image file')
+    name = name or file
+    if not hasattr(file, 'read') and not Path(file).is_file(): raise InputError(f'{name}: no such file; expected an image file')
     try:
-        with Image.open(path) as img: return to_rgb(img)
+        with Image.open(file) as img: return to_rgb(img)
     except Exception as e:
         why = 'unknown format' if isinstance(e, Image.UnidentifiedImageError) else ' '.join(str(e).split())
-        raise InputError(f'{path}: not a readable image ({why or type(e).__name__}); expected a whole image file') from None
+        raise InputError(f'{name}: not a readable image ({why or type(e).__name__}); expected a whole image file') from None
 
 # %% ../../nbs/01_data.images.ipynb #11a7184c
 def to_tensor(img,        # PIL picture or uint8 array (H,W,3) or (H,W)
@@ -61,17 +64,23 @@ def to_uint8(x:Tensor,        # (C,H,W) in [0,1]; values outside are clipped
 # %% ../../nbs/01_data.images.ipynb #39116bec
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
 
-def list_images(folder)->list:  # of Path
-    "All image files below `folder`, linked folders included, sorted by path. `InputError` if there is none"
-    folder, found, seen = Path(folder), [], {os.path.realpath(folder)}
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; expected a folder of images")
+def _images_below(folder)->list:
+    "All image files below `folder`, sorted by path; may be empty"
+    found, seen = [], {os.path.realpath(folder)}
     for here, dirs, files in os.walk(folder, followlinks=True):
         dirs[:] = [d for d in dirs if not d.startswith('.') and os.path.realpath(Path(here)/d) not in seen]
         seen.update(os.path.realpath(Path(here)/d) for d in dirs)     # a link that points upwards ends here
         found += [Path(here)/f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith('.')]
-    if not found: raise InputError(f"{folder}: no image in it; looked for {' '.join(EXTENSIONS)}, folders below included")
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
+
+def list_images(folder)->list:  # of Path
+    "All image files below `folder`, linked folders included, sorted by path. `InputError` if there is none"
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; expected a folder of images")
+    found = _images_below(folder)
+    if not found: raise InputError(f"{folder}: no image in it; looked for {' '.join(EXTENSIONS)}, folders below included")
+    return found
 
 # %% ../../nbs/01_data.images.ipynb #37c1226b
 BUILTIN_TRAIN = ('astronaut', 'coffee', 'rocket', 'motorcycle_left')
@@ -97,6 +106,9 @@ class FolderImages:
 
     def __len__(self): return len(self.paths)
     def read(self, i:int)->np.ndarray: return np.asarray(open_image(self.paths[i]))   # (H,W,3) uint8
+    def data(self, i:int)->bytes:                                                     # the file as it is
+        try: return self.paths[i].read_bytes()
+        except OSError as e: raise InputError(f'{self.paths[i]}: not read ({e.strerror}); expected an image file') from None
 
 # %% ../../nbs/01_data.images.ipynb #3a10ee71
 class BuiltinImages:
@@ -149,20 +161,285 @@ class TorchvisionImages:
         try: return np.asarray(to_rgb(self.data[i][0]))
         except OSError as e: raise InputError(f'{self.names[i]}: not a readable image ({e})') from None
 
+# %% ../../nbs/01_data.images.ipynb #9b6a09a8
+class ShardError(InputError):
+    "A shard that can't be had or ends too early. It stops a run: its pictures are not broken, they are out of reach"
+
+def _members(file,      # a .tar, open for reading
+             name,      # what an error calls it
+            )->list:    # of [name, offset, size]: the files in it, as they lie
+    "Where each file of a .tar lies. `ShardError`: none, compressed, cut off"
+    import tarfile
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode='r:') as t:
+            found = [[m.name.removeprefix('./'), m.offset_data, m.size] for m in t if m.isreg()]
+        file.seek(t.offset); tail = file.read(2**20)                         # empty blocks end a .tar
+        why = 'cut off' if tail[:512] != bytes(512) else 'more behind its end, as when two were joined' if tail.strip(b'\0') else ''
+    except Exception as e: why = ' '.join(str(e).split()) or type(e).__name__
+    if why: raise ShardError(f'{name}: not a whole .tar ({why}); expected an uncompressed one, complete to its end')
+    return found
+
+# %% ../../nbs/01_data.images.ipynb #2910f8f6
+def _pictures(members, shard)->list:   # of [name, offset, size]
+    "The picture of each sample. `InputError` names a sample with two, and a shard with none"
+    from webdataset.tariterators import base_plus_ext                        # a file's name -> key, extension
+    samples = {}
+    for row in members:
+        hidden = PurePosixPath(row[0]).name.startswith('.')
+        if not hidden and row[0].lower().endswith(EXTENSIONS): samples.setdefault(base_plus_ext(row[0])[0], []).append(row)
+    out = [[r for r in rows if '.' not in base_plus_ext(r[0])[1]] or rows for rows in samples.values()]
+    for two in (rows for rows in out if len(rows) > 1):
+        raise InputError(f"{shard}: {two[0][0]} and {two[1][0]} are one sample, for a key ends at the first dot of the file's name; expected one picture each")
+    if not out: raise InputError(f"{shard}: no picture in it; looked for {' '.join(EXTENSIONS)}")
+    return [rows[0] for rows in out]
+
+# %% ../../nbs/01_data.images.ipynb #c4a3d3e5
+def _remote(place)->bool: return re.match('pipe:|[a-z][a-z0-9+.-]*://', place) is not None
+
+def _bare(place)->str: return re.sub('[?#].*', '', place) if place.startswith('http') else place      # an address without its query
+def _beside(place, name)->str: return _bare(place)[:_bare(place).rfind('/') + 1] + name                # `name` in the same folder
+
+def _read_index(text, where)->dict:    # shard -> (size in bytes, rows [name, offset, size])
+    "What the index `where` says. `InputError`: not one; a shard's name that leads elsewhere, for it may come from the network"
+    try:
+        index = json.loads(text); shards = index['shards']
+        if index['format'] != 1: raise ValueError(f"format {index['format']}, expected 1")
+        out = {str(s['name']): (int(s['size']), [[str(m), int(o), int(k)] for m, o, k in s['pictures']]) for s in shards}
+        strange = [n for n in out if not re.fullmatch(r'[\w-][\w.-]*', n)]
+        if strange or not len(out) == len(shards) > 0: raise ValueError(f"shard {''.join(strange[:1] or list(out)[:1])!r}, expected plain names, each once")
+        if any(not 0 <= o <= o + k <= size for size, rows in out.values() for _, o, k in rows): raise ValueError('a picture beyond its shard')
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        why = f'no {e}' if isinstance(e, KeyError) else ' '.join(str(e).split())
+        raise InputError(f'{where}: not an index of shards ({why}); expected the index.json that write_shards makes') from None
+    return {_beside(str(where), name): entry for name, entry in out.items()}
+
+# %% ../../nbs/01_data.images.ipynb #c54e7c83
+_CURL = {'6': 'no such host', '7': 'no connection', '18': 'cut off', '22': 'refused by the server, as with 404', '28': 'too slow'}
+
+def _copy(url:str, file):
+    "The bytes behind `url` (http, https, pipe:command, ...) into an open file. `ShardError` tells why not"
+    from webdataset.gopen import gopen
+    try:
+        with gopen(url) as stream: shutil.copyfileobj(stream, file, 2**20)
+    except (OSError, ValueError, ImportError) as e:
+        ended = re.search(r'exit (\d+) \(read\)', str(e))                 # a command's exit code
+        why = f'its command ended with {ended[1]}' if ended else ' '.join(str(e).split())
+        if ended and not url.startswith('pipe:'): why = _CURL.get(ended[1], f'curl ended with {ended[1]}')
+        raise ShardError(f'{url}: not fetched ({why})') from None
+
+# %% ../../nbs/01_data.images.ipynb #132672da
+def _text(place)->str:
+    "A small text file, here or elsewhere"
+    if not _remote(place):
+        if not Path(place).is_file(): raise InputError(f'{place}: no such file; expected an index of shards')
+        return Path(place).read_text(errors='replace')
+    f = io.BytesIO(); _copy(place, f)
+    return f.getvalue().decode(errors='replace')
+
+# %% ../../nbs/01_data.images.ipynb #1ebc9167
+def _list_shards(place:str)->tuple:   # (paths or URLs, what their index says: path or URL -> (size in bytes, rows))
+    "The shards that a person names. `InputError`: a folder without, an index that isn't one, a pattern that can't be expanded"
+    from webdataset.shardlists import expand_urls
+    if Path(place).is_dir():
+        found = sorted(str(p) for p in Path(place).glob('*.tar') if not p.name.startswith('.'))
+        if not found: raise InputError(f'{place}: no .tar in it; expected a folder of shards')
+        return found, {}
+    if re.fullmatch('https?://[^?#{]*', place) and not place.endswith(('.tar', '.json')): place = place.rstrip('/') + '/index.json'
+    if place.endswith('.json'):
+        index = _read_index(_text(place), place)
+        return list(index), index
+    try: places = [place] if Path(place).exists() else expand_urls(place)
+    except (ValueError, AssertionError) as e:
+        raise InputError(f'{place}: not a pattern of shards ({e}); expected the like of dir/train-{{000000..000146}}.tar') from None
+    return places, _index_beside(places)
+
+# %% ../../nbs/01_data.images.ipynb #3929d811
+def _index_beside(places)->dict:
+    "What the index.json beside shards on a server says; nothing where there is none"
+    if not places[0].startswith(('http:', 'https:')): return {}
+    try: text = _text(_beside(places[0], 'index.json'))
+    except ShardError as e:
+        if _CURL['22'] in str(e): return {}                                  # not there: each shard is streamed once, and that is told
+        raise
+    try: return _read_index(text, places[0])
+    except InputError: return {}                                             # somebody else's index.json
+
+# %% ../../nbs/01_data.images.ipynb #959d784e
+def _opened(path, size):  # size: None = any
+    "The file, open for reading, if it is there in its full size; else None"
+    try: f = open(path, 'rb')
+    except (FileNotFoundError, NotADirectoryError): return None
+    except OSError as e: raise ShardError(f'{path}: not readable ({e.strerror}); expected a shard') from None
+    if size in (None, os.fstat(f.fileno()).st_size): return f
+    f.close()
+
+_PAUSES = .5, 4                     # seconds between the three tries
+
+def _download(url, path, size):
+    "Fetch a shard to `path`, whole or not at all; returned open: whoever tidies up can't take it away. `ShardError` after three tries"
+    for pause in *_PAUSES, None:
+        try:
+            with atomic_write(path) as tmp:
+                with open(tmp, 'wb') as f: _copy(url, f)
+                f = open(tmp, 'rb'); came = os.fstat(f.fileno()).st_size
+                if size is None: _members(f, url)
+                elif came != size: raise ShardError(f'{url}: {came} bytes came; expected {size}, as when its pictures were listed')
+            return f
+        except InputError as e:
+            if pause is None: raise ShardError(f'{e}; tried three times') from None
+        time.sleep(pause)
+
+# %% ../../nbs/01_data.images.ipynb #5220eb4d
+def _tidy(cache, keep):
+    "Leave the `keep` shards used last"
+    from filelock import FileLock
+    with FileLock(cache/'lock'):
+        for old in sorted(cache.glob('*.tar'), key=lambda p: p.stat().st_mtime_ns)[:-keep]: old.unlink()
+
+# %% ../../nbs/01_data.images.ipynb #c3bd9bc2
+class _Shelf:
+    "Shards by number, open for reading; those from elsewhere are fetched into the folder `cache` first"
+    def __init__(self, shards, cache, keep): self.shards, self.cache, self.keep, self.sizes = shards, cache, keep, [None]*len(shards)
+    def open(self, n):
+        shard, size, path = self.shards[n], self.sizes[n], self.cache/f'{n:06d}.tar'
+        if not _remote(shard):
+            if (f := _opened(shard, size)): return f
+            raise ShardError(f"{shard}: {'not as long as when its pictures were listed' if Path(shard).exists() else 'no such file'}; expected a shard")
+        there = _opened(path, size); f = there or self._fetch(n, path); now = time.time_ns()
+        os.utime(f.fileno(), ns=(now, now))                         # used just now
+        if self.keep and not there: _tidy(self.cache, self.keep)
+        return f
+
+    def _fetch(self, n, path):
+        from filelock import FileLock
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(f'{path}.lock'):
+                if (f := _opened(path, self.sizes[n])): return f    # another process was first
+                for left in self.cache.glob(f'.{path.name}.*.tmp'): left.unlink() # by a process that was killed
+                return _download(self.shards[n], path, self.sizes[n])
+        except OSError as e: raise ShardError(f"{self.cache}: can't hold fetched shards ({e.strerror}); expected a folder to write to") from None
+
+# %% ../../nbs/01_data.images.ipynb #8bb56f89
+class ShardImages:
+    "Pictures in WebDataset shards, read one by one. `InputError`: no such shards, a name that comes twice, a shard that is not whole"
+    def __init__(self, place,      # .tar, folder of them, pattern with braces, URL or `pipe:` command of such, or an index.json
+                 *, cache=None,    # folder for fetched shards; None = data/downloads/shards of the checkout
+                 keep:int=0):      # fetched shards that may lie there at a time; 0 = all
+        if keep < 0: raise InputError(f'keep is {keep}; expected how many fetched shards stay on disk, 0 for all')
+        self.shards, index = _list_shards(str(place))
+        key = hashlib.sha256(json.dumps([self.shards, index]).encode()).hexdigest()[:12]
+        root = Path(cache or (checkout() or Path.cwd())/'data'/'downloads'/'shards')
+        self.shelf = _Shelf(self.shards, root/key, keep)
+        found = _list_pictures(self.shelf, index)
+        self.names = [name for rows in found for name, *_ in rows]
+        self.groups = [len(rows) for rows in found]                  # pictures of each shard
+        self._at = np.array([(n, *at) for n, rows in enumerate(found) for _, *at in rows], np.int64)     # shard, offset, size
+        _each_once(self)
+
+    def __len__(self): return len(self.names)
+    def data(self, i:int)->bytes:                                    # the picture's file as it is
+        n, offset, size = self._at[i]
+        try:
+            with self.shelf.open(n) as f: f.seek(offset); return f.read(size)
+        except OSError as e: raise ShardError(f'{self.shards[n]}: not read ({e.strerror}); expected a shard') from None
+    def read(self, i:int)->np.ndarray:                               # (H,W,3) uint8
+        return np.asarray(open_image(io.BytesIO(self.data(i)), name=f'{self.shards[self._at[i][0]]}: {self.names[i]}'))
+
+# %% ../../nbs/01_data.images.ipynb #43ea3d1f
+def _list_pictures(shelf, index)->list:   # for each shard its rows [name, offset, size]; sets the shelf's sizes
+    "From the index, else from a list that was kept, else from the headers of each shard"
+    lists = [shelf.cache/f'{n:06d}.json' for n in range(len(shelf.shards))]
+    new = [n for n, s in enumerate(shelf.shards) if _remote(s) and _bare(s) not in index and not lists[n].is_file()]
+    if new: print(f'shards without an index.json: {len(new)}; each is streamed once, to list its pictures')
+    found = []
+    for n, (shard, kept) in enumerate(zip(shelf.shards, lists)):
+        remote = _remote(shard)
+        shelf.sizes[n], rows = index.get(_bare(shard)) or (json.loads(kept.read_text()) if remote and kept.is_file() else _headers(shelf, n))
+        if n in new: write_json(kept, [shelf.sizes[n], rows])
+        if not remote: shelf.open(n).close()                                 # a missing shard stops here, not in step 1,000
+        found.append(rows)
+    return found
+
+def _headers(shelf, n)->tuple:
+    "Size in bytes and pictures of shard n"
+    with shelf.open(n) as f: return os.fstat(f.fileno()).st_size, _pictures(_members(f, shelf.shards[n]), shelf.shards[n])
+
+# %% ../../nbs/01_data.images.ipynb #b2e0c002
+def _each_once(images):
+    "`InputError` names a picture that is there twice, and its shards"
+    first = {}
+    if len(set(images.names)) == len(images): return
+    for name, (n, *_) in zip(images.names, images._at):
+        if name in first: raise InputError(f'{images.shards[first[name]]} and {images.shards[n]} both hold {name}; expected each name once')
+        first[name] = n
+
+# %% ../../nbs/01_data.images.ipynb #e612fb0e
+def _key(name)->tuple:  # (key, extension or '')
+    "A picture's name as WebDataset's key and extension: no dot in the key's last part"
+    p = PurePosixPath(name)
+    ext = p.suffix if p.suffix.lower() in EXTENSIONS else ''
+    return (p.parent/p.name[:len(p.name) - len(ext)].replace('.', '_')).as_posix(), ext[1:]
+
+def _file_bytes(source, i, ext)->tuple:   # (extension, bytes)
+    "Picture i as a file: the very one where the source has one, else a PNG"
+    if ext and type(source).read in (FolderImages.read, ShardImages.read): return ext, source.data(i)
+    f = io.BytesIO(); Image.fromarray(source.read(i)).save(f, 'PNG')
+    return 'png', f.getvalue()
+
+def _write_shard(source, keys, some, path)->dict:
+    "The pictures `some` as one .tar; returns its line of the index"
+    from webdataset.writer import TarWriter
+    with atomic_write(path) as tmp:
+        with open(tmp, 'wb') as f, TarWriter(f, encoder=False, mtime=0, format='PAX_FORMAT') as tar:
+            for i in some: tar.write({'__key__': keys[i][0], **dict([_file_bytes(source, i, keys[i][1])])})
+        with open(tmp, 'rb') as f: return dict(name=path.name, size=os.fstat(f.fileno()).st_size, pictures=_pictures(_members(f, path), path))
+
+# %% ../../nbs/01_data.images.ipynb #ce2134e8
+def write_shards(source,             # len, names, read(i): `open_source` makes one
+                 out,                # a new or empty folder
+                 *, per_shard:int=1000,
+                 progress:bool=False
+                )->ShardImages:      # `out`, read back through its index
+    "Pack pictures into out/000000.tar, ... and out/index.json. `InputError`: `out` holds something, two pictures would get one name"
+    from tqdm import tqdm
+    out, keys, n = Path(out), [_key(name) for name in source.names], len(source)
+    if per_shard < 1: raise InputError(f'{per_shard} pictures in each shard; expected at least 1')
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f'{out}: holds something already (shards, or what an interrupted call left); expected a new or empty folder')
+    first = {}
+    for i, (key, _) in enumerate(keys):
+        if key in first: raise InputError(f'{source.names[first[key]]} and {source.names[i]} would both be called {key}; expected names that differ before the suffix')
+        first[key] = i
+    parts = tqdm(range(0, n, per_shard), 'shards', disable=not progress)
+    lines = [json.dumps(_write_shard(source, keys, range(a, min(a + per_shard, n)), out/f'{k:06d}.tar')) for k, a in enumerate(parts)]
+    with atomic_write(out/'index.json') as tmp: tmp.write_text('{"format": 1, "shards": [\n' + ',\n'.join(lines) + '\n]}\n')
+    return ShardImages(out/'index.json')
+
 # %% ../../nbs/01_data.images.ipynb #a958d737
-def open_source(data,                # 'builtin', a folder, a torchvision name, or a source (returned as it is)
+def open_source(data,                # 'builtin', a folder, shards, a torchvision name, or a source (returned as it is)
                 split:str='train',   # 'train' or 'test'; a folder is one split: name another folder for the other
                 root=None,           # where downloads go; None = data/downloads of the checkout
-               ):                    # a source: len, names, read(i)
-    "The source that `data` names. `InputError` tells the three possibilities"
+                *, keep:int=0,       # fetched shards that stay on disk; 0 = all
+               ):                    # a source: len, names, read(i)[, groups]
+    "The source that `data` names. `InputError` tells the possibilities"
     if hasattr(data, 'read') and hasattr(data, 'names'): return data
     if split not in ('train', 'test'): raise InputError(f"no split '{split}'; expected train or test")
     if str(data) == 'builtin': return BuiltinImages(BUILTIN_TRAIN if split == 'train' else BUILTIN_HELD_OUT)
+    root = Path(root or (checkout() or Path.cwd())/'data'/'downloads')
+    if _names_shards(str(data)): return ShardImages(data, cache=root/'shards', keep=keep)
     if Path(data).is_dir(): return FolderImages(data)
-    root = root or (checkout() or Path.cwd())/'data'/'downloads'
     if str(data) in TORCHVISION_SETS: return TorchvisionImages(str(data), root, split)
-    raise InputError(f"data '{data}': no such folder; expected 'builtin', an existing folder of images, "
-                     f"or one of {', '.join(TORCHVISION_SETS)}")
+    raise InputError(f"data '{data}': no such folder; expected 'builtin', an existing folder of images, WebDataset shards (a .tar, a folder "
+                     f"or pattern of them, their URL, an index.json), or one of {', '.join(TORCHVISION_SETS)}")
+
+def _names_shards(word)->bool:
+    "Does this word name shards? `InputError` for a folder that holds shards and images"
+    if not Path(word).is_dir(): return _remote(word) or '{' in word or word.endswith(('.tar', '.json'))
+    if not any(not p.name.startswith('.') for p in Path(word).glob('*.tar')): return False
+    if (images := _images_below(Path(word))): raise InputError(f'{word}: holds .tar files and images, such as {images[0].name}; expected one kind')
+    return True
 
 # %% ../../nbs/01_data.images.ipynb #388cfb9c
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +472,11 @@ class Skipped:
     "Stands in a list of items for a picture that could not be read"
     name:str; reason:str
 
+def _skipped(name, e):
+    "For a picture that could not be read; a shard out of reach is no broken picture, it stops the run"
+    if isinstance(e, ShardError): raise e
+    return Skipped(name, str(e))
+
 def _cut_guide(guides, index, crop, *, hw, size):
     "The square `crop` (of a picture of height and width `hw`) of guide `index`: (C,size,size) in [0,1]"
     g, (h, w) = guides.read(index), hw; gh, gw = g.shape[:2]
@@ -220,7 +502,7 @@ def _guides_of(kinds, i, crop, **how):
     out = {}
     for k, (guides, of, what) in kinds.items():
         try: out[k] = _cut_guide(guides, of[i], crop, **how)[:1 if k == 'edge' else None]
-        except InputError as e: return Skipped(f'{what} {guides.names[of[i]]}', str(e))
+        except InputError as e: return _skipped(f'{what} {guides.names[of[i]]}', e)
     return out
 
 # %% ../../nbs/01_data.images.ipynb #2cb0d184
@@ -229,17 +511,17 @@ class PhotoDataset(Dataset):
     def __init__(self, source,      # len, names, read(i)
                  size:int,          # side of the square
                  masks=None,        # masks(rng, index, size) -> bool (size,size); None: items without a mask
-                 *, seed:int=0, train:bool=True,   # train: random squares and mirrors; else the centred square
-                 edges=None,        # a source of edge maps, one for each picture, of the same names
-                 structures=None):  # the same of smoothed pictures (`data.structure.StructureCache`)
+                 *, seed:int=0, train:bool=True,      # train: random squares and mirrors; else the centred square
+                 edges=None, structures=None):        # sources of edge maps and of smoothed pictures, of the same names
         kinds = ('edge', edges, 'edge map'), ('structure', structures, 'structure')
         self.guides = {k: (g, _match_names(source, g, what), what) for k, g, what in kinds if g is not None}
-        self.source, self.size, self.masks, self.seed, self.train = source, size, masks, seed, train
+        self.source, self.groups = source, getattr(source, 'groups', None)      # groups: pictures of each shard, for `EndlessSampler`
+        self.size, self.masks, self.seed, self.train = size, masks, seed, train
     def __len__(self): return len(self.source)
     def __getitem__(self, key):
         epoch, index = map(int, key) if isinstance(key, (tuple, list)) else (0, int(key))
         try: return self._item(index, lambda purpose: keyed_rng(self.seed, epoch, index, purpose), epoch=epoch, index=index)
-        except InputError as e: return Skipped(self.source.names[index], str(e))
+        except InputError as e: return _skipped(self.source.names[index], e)
 
     def _item(self, i, rng, **item):
         a = self.source.read(i); hw = a.shape[:2]
@@ -261,6 +543,14 @@ def collate(items)->dict:  # image, mask, epoch, index[, edge][, structure], ski
     batch = {k: stack([i[k] for i in good]) for k in good[0]}
     return batch | {'skipped': [f'{b.name}: {b.reason}' for b in bad]}
 
+# %% ../../nbs/01_data.images.ipynb #e63ee733
+def _order(rng, n, groups, mix)->np.ndarray:
+    "A permutation of `n` pictures; with `groups` (pictures of each shard) one that goes through the shards `mix` at a time"
+    if groups is None: return rng.permutation(n)
+    shards = np.split(np.arange(n), np.cumsum(groups)[:-1])
+    turn = rng.permutation(len(shards))
+    return np.concatenate([rng.permutation(np.concatenate([shards[k] for k in turn[a:a+mix]])) for a in range(0, len(turn), mix)])
+
 # %% ../../nbs/01_data.images.ipynb #76b33891
 class EndlessSampler:
     "Endless batches of (epoch, index) keys: a permutation for each epoch, this rank's part of each step"
@@ -268,14 +558,17 @@ class EndlessSampler:
                  batch_size:int,   # samples per process and step
                  *, seed:int=0,
                  start:int=0,      # the step to begin at
-                 rank:int=0, world:int=1, shuffle:bool=True):
+                 rank:int=0, world:int=1, shuffle:bool=True,
+                 groups=None, mix:int=4):   # pictures of each shard: `mix` shards at a time are shuffled together; None: all pictures
         if n < 1 or batch_size < 1: raise InputError(f'{n} pictures in batches of {batch_size}; expected at least 1 of each')
-        self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
-        self.rank, self.world, self.shuffle = rank, world, shuffle
+        if groups is not None and (sum(groups) != n or mix < 1):
+            raise InputError(f'{n} pictures, {sum(groups)} in their shards, {mix} shards mixed; expected equal numbers, and 1 shard or more')
+        self.n, self.batch_size, self.seed, self.start, self.rank, self.world = n, batch_size, seed, start, rank, world
+        self.shuffle, self.groups, self.mix = shuffle, groups, mix
 
     def order(self, epoch:int)->np.ndarray:
         "The order of the pictures in `epoch`"
-        return keyed_rng(self.seed, epoch, 'order').permutation(self.n) if self.shuffle else np.arange(self.n)
+        return _order(keyed_rng(self.seed, epoch, 'order'), self.n, self.groups, self.mix) if self.shuffle else np.arange(self.n)
 
     def __iter__(self):
         order, step = functools.lru_cache(maxsize=2)(self.order), self.start
@@ -295,7 +588,7 @@ class PhotoLoader(DataLoader):
     def __iter__(self):
         batches = super().__iter__()
         try: yield from batches
-        except InputError as e: raise InputError(str(e).rsplit('InputError: ', 1)[-1].strip()) from None
+        except InputError as e: raise type(e)(str(e).rsplit(f'{type(e).__name__}: ', 1)[-1].strip()) from None
         finally: getattr(batches, '_shutdown_workers', lambda: None)()     # now, not at some garbage collection
 
 def loader(dataset, sampler,  # a data set, and batches of its keys (`EndlessSampler`, `one_pass`)

@@ -462,7 +462,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..core import atomic_write, write_json
-from .images import loader, one_pass, open_image, to_tensor, to_uint8
+from .images import ShardError, loader, one_pass, open_image, to_tensor, to_uint8
 
 # %% ../../nbs/04_data.structure.ipynb #d4735ffc
 CACHE_FORMAT = 1  # part of every file's name: raised when the same parameters come to mean another picture
@@ -531,6 +531,7 @@ class _Jobs:
     def __getitem__(self, key):
         i = key[1]
         try: photo = self.cache.source.read(i)
+        except ShardError: raise                      # not a broken picture, but a thousand out of reach
         except InputError as e: return 'skipped', f'{self.cache.names[i]}: {e}'
         return _kept_or_made(self.cache, photo, self.device)[1], self.cache.names[i]
 
