@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['InputError', 'keyed_rng', 'set_seed', 'pick_device', 'checkout', 'atomic_write', 'write_json', 'global_mean',
-           'LayerRow', 'summarize', 'layer_rows', 'count_params', 'compare_table', 'conv_macs', 'peak_memory',
-           'fingerprint']
+           'LayerRow', 'summarize', 'layer_rows', 'count_params', 'compare_table', 'conv_macs', 'flop_counter',
+           'peak_memory', 'fingerprint']
 
 # %% ../nbs/00_core.ipynb #4bb3773f
 import contextlib, ctypes, dataclasses, hashlib, json, os, random, tempfile
@@ -145,6 +145,17 @@ def conv_macs(net:nn.Module, *shapes)->int:
     with torch.no_grad(): net(*(torch.zeros(s, dtype=p.dtype, device=p.device) for s in shapes))
     for h in hooks: h.remove()
     return sum(total)
+
+# %% ../nbs/00_core.ipynb #5d067e08
+def flop_counter():  # a context; afterwards .get_total_flops()
+    "PyTorch's `FlopCounterMode`; products with a sparse matrix count its entries only, gradients of gradients are counted"
+    from torch.utils.flop_counter import FlopCounterMode
+    def product(a, b, **_): return 2*(a.numel() if a.layout == torch.strided else a._nnz())*b.shape[-1]
+    product._get_raw = True                                      # wants the tensors, not their shapes
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mm: product})
+    counter.mod_tracker = contextlib.nullcontext()               # which module is at work: its record can't stand a gradient of a gradient
+    counter.mod_tracker.parents = {'Global'}
+    return counter
 
 # %% ../nbs/00_core.ipynb #02516a55
 def peak_memory(f,        # called without arguments
