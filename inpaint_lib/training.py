@@ -426,9 +426,9 @@ def _go(up, dataset, log, run_dir, samples, watch, progress):
         _keep(up, run_dir, samples, log.board)
     if log.board: log.board.close()
 
-# %% ../nbs/14_training.ipynb #0ee08b94
+# %% ../nbs/14_training.ipynb #e6069878
 @contextlib.contextmanager
-def locked(run_dir, wait:float=15.):
+def locked(run_dir, wait:float=8.):
     "Nobody else trains in `run_dir` inside the block; `InputError` when somebody still does after `wait` seconds"
     from filelock import FileLock, Timeout
     Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -459,7 +459,7 @@ def _begin(up, run_dir, resume, meta):
         load_checkpoint(up, path)
     up.engine.wait_for_everyone()                     # all have read before one writes
     if not main: return _Log(None, up.step)
-    for f in run_dir.glob('.*.tmp'): f.unlink()
+    for f in run_dir.rglob('.*.tmp'): f.unlink()
     if up.step < up.config.steps:
         for name in ('weights.safetensors', 'run.json'): (run_dir/name).unlink(missing_ok=True)
         if not path.exists(): save_checkpoint(up, path)

@@ -1,11 +1,6 @@
-"""Runs that are interrupted: mid-epoch, with workers, killed at any moment, refused when they would go on wrongly."""
+"""Runs that are interrupted: mid-epoch, with workers, refused when they would go on wrongly. (Killed at any moment: test_scheduled.py.)"""
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +10,6 @@ from inpaint_lib import recipes, training
 from inpaint_lib.core import InputError
 from inpaint_lib.data import images, masks
 
-ROOT = Path(__file__).resolve().parent.parent
 EDGE = dict(name='edge_connect.edge', config=dict(width=.05))
 INPAINT = dict(name='edge_connect.inpaint', config=dict(width=.05, vgg_weights='none'))
 
@@ -53,30 +47,6 @@ def test_ten_and_ten_steps_are_twenty(stage, workers, tmp_path):
     a, b = state(tmp_path/'whole'), state(tmp_path/'parts')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert log(tmp_path/'whole') == log(tmp_path/'parts') and len(log(tmp_path/'parts')) == 20
-
-
-def test_killed_at_random_moments_loses_nothing(tmp_path):
-    "kill -9 five times; what is left always loads, and the end equals the uninterrupted run"
-    whole, pieces = tmp_path/'whole', tmp_path/'pieces'
-    code = ("import sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(1)\n"
-            "from test_training import *\n"
-            "go(Path(sys.argv[1]), 60, **EDGE)")
-    start = lambda folder: subprocess.Popen([sys.executable, '-c', code, folder], cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'))
-    rng, kills = random.Random(0), 0
-    assert start(whole).wait() == 0
-    while kills < 5:
-        p = start(pieces)
-        while not (pieces/'log.jsonl').exists() and p.poll() is None: time.sleep(.05)
-        size = (pieces/'log.jsonl').stat().st_size
-        while p.poll() is None and (pieces/'log.jsonl').stat().st_size == size: time.sleep(.01)
-        time.sleep(rng.uniform(0, .3))
-        if p.poll() is not None: break
-        p.send_signal(signal.SIGKILL); p.wait(); kills += 1
-        if (pieces/'checkpoint.pt').exists(): training.read_checkpoint(pieces/'checkpoint.pt')
-    assert kills >= 2, 'the run ended before it could be interrupted twice'
-    assert start(pieces).wait() == 0
-    a, b = state(whole), state(pieces)
-    assert all(torch.equal(a[k], b[k]) for k in a) and log(whole) == log(pieces)
 
 
 def refused(says, f, *args, **kw):
@@ -225,3 +195,40 @@ def test_partial_vgg_file_names_the_missing_layer(tmp_path):
     refused('vgg.safetensors', recipes.build, **with_file)
     recipe, *_ = recipes.build(vgg_layers='relu1_1', **with_file)
     assert tuple(recipe.config.content_layers) == ('relu1_1',) and not recipe.config.style_layers
+
+
+def test_tensorboard_has_each_step_once_and_the_sample_rows(tmp_path):
+    "A run that is stopped behind its last checkpoint repeats steps; the board forgets those that were repeated"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    recipe, run, dataset = made(tmp_path, 9)
+    samples = images.collate([dataset[0, i] for i in range(2)])
+    def stop(record, draws):
+        if record['step'] == 5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): training.train(recipe, dataset, run, tmp_path, samples=samples, watch=stop, progress=False)
+    recipe, run, dataset = made(tmp_path, 9)
+    training.train(recipe, dataset, run, tmp_path, samples=samples, progress=False)
+    board = EventAccumulator(str(tmp_path/'tensorboard')).Reload()
+    assert [e.step for e in board.Scalars('g_total')] == list(range(1, 10)) and {'lr', 'd_adv', 'fm', 'm_recall'} <= set(board.Tags()['scalars'])
+    assert [e.value for e in board.Scalars('g_total')] == pytest.approx([r['g_total'] for r in log(tmp_path)], rel=1e-6)
+    assert [e.step for e in board.Images('samples')] == [9]
+
+
+def made(folder, steps):
+    recipe, run, data = recipes.build('edge_connect.edge', 'smoke', config=dict(width=.05), run=dict(steps=steps, save_every=4, device='cpu', tensorboard=True))
+    return recipe, run, images.PhotoDataset(images.open_source('builtin'), 24, masks.mask_sampler(data.masks))
+
+
+def test_a_folder_in_use_is_refused_and_nothing_in_it_changes(tmp_path):
+    go(tmp_path, 2, **EDGE)
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    with training.locked(tmp_path):
+        assert training.in_use(tmp_path)
+        refused('another process is training in this folder', go, tmp_path, 4, **EDGE)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} and not training.in_use(tmp_path)
+
+
+def test_a_damaged_record_of_starts_does_not_stop_a_run(tmp_path, capsys):
+    go(tmp_path, 2, **EDGE); (tmp_path/'started.json').write_text('{"starts": [')
+    go(tmp_path, 4, **EDGE)
+    assert 'its earlier starts are lost' in capsys.readouterr().out
+    assert [s['step'] for s in json.loads((tmp_path/'started.json').read_text())['starts']] == [2]
