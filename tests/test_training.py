@@ -1,7 +1,6 @@
 """Runs that are interrupted: mid-epoch, with workers, refused when they would go on wrongly. (Killed at any moment: test_scheduled.py.)"""
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
