@@ -65,17 +65,6 @@ def test_two_processes_equal_one(name, cut, steps):
                 assert (v - two[part][k]).abs().max() <= 1e-9*max(1., v.abs().max().item()), k
 
 
-def test_a_run_under_torchrun_leaves_one_log_and_resumes_exactly(tmp_path):
-    "Two processes, 3 + 3 steps = 6 steps; only the first process writes"
-    launch(TORCHRUN, 'train_run.py', tmp_path/'whole', 6, tmp_path/'parts', 3)
-    launch(TORCHRUN, 'train_run.py', tmp_path/'parts', 6)
-    a, b = (training.read_checkpoint(tmp_path/k/'checkpoint.pt') for k in ('whole', 'parts'))
-    assert all(torch.equal(a[n][k], b[n][k]) for n in ('G', 'D', 'ema') for k in a[n])
-    log = [json.loads(line) for line in (tmp_path/'parts'/'log.jsonl').read_text().splitlines()]
-    assert [r['step'] for r in log] == [1, 2, 3, 4, 5, 6]
-    assert json.loads((tmp_path/'parts'/'run.json').read_text())['processes'] == 2
-
-
 LAUNCHED = ("import sys; from pathlib import Path; from inpaint_lib import recipes\n"
             "p = recipes.TrainParameters(processes=2, device='cpu', seed=5, steps=int(sys.argv[2]), options=sys.argv[3], ema=.5)\n"
             "try: print(len(recipes.train_job(p, Path(sys.argv[1])).records), 'records')\n"

@@ -256,9 +256,3 @@ def test_the_page(top, papermill, tmp_path):
     assert 'no values of fm, which other runs of edge_connect.edge have' in page and 'edge_connect.edge: all runs' in page
     assert 'src="http' not in page and str(tmp_path) not in page and str(top) not in page
     assert shown.count('"image/') == 3 and 'step 5 of 9' in shown
-
-
-def test_the_page_when_no_run_is_meant(made, papermill, tmp_path):
-    code, err, _ = papermill('46_runs', tmp_path, runs_dir=made, recipe='none', out_dir=tmp_path/'page')
-    assert code == 0, err
-    assert 'No such runs. Recipes found: edge_connect.edge.' in (tmp_path/'page'/'index.html').read_text()
