@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'PLANS', 'DataConfig', 'Stage', 'Part', 'Net', 'read_net',
            'data_place', 'weights_place', 'Job', 'prepare', 'train_job']
 
 # %% ../nbs/30_recipes.ipynb #207a687d
-import contextlib, dataclasses, difflib, hashlib, io, math, os, sys
+import contextlib, dataclasses, difflib, hashlib, io, math, os, sys, threading, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -528,7 +528,7 @@ def train_job(p:TrainParameters, out, job:Job|None=None)->TrainResult:
     watch = health.watch_run(job.recipe, job.data, p.preset, out, begun_from=set(job.recipe.start) & set(RECIPES[p.recipe].takes)) if p.processes == 1 else None
     return train(job.recipe, job.dataset, job.run, out, samples=job.samples, resume=p.resume, meta=job.meta, identity=job.identity, watch=watch)
 
-# %% ../nbs/30_recipes.ipynb #aa155b5c
+# %% ../nbs/30_recipes.ipynb #2bfaeec3
 def _launch(p, out, job):
     "Train in several processes, forked from this one"
     from accelerate import notebook_launcher
@@ -547,7 +547,14 @@ def _launch(p, out, job):
         if kind in (InputError.__name__, TrainingStopped.__name__): raise InputError(line) from None
         raise
 
+# %% ../nbs/30_recipes.ipynb #e9189bee
+def _leave_with(parent):
+    "End this process when its parent has ended: a group whose notebook was killed would wait for ever, and hold the folder's lock"
+    while os.getppid() == parent: time.sleep(.5)
+    os._exit(1)
+
 def _process(p, out, job, screen):
     "What each of several processes does; it prints to `screen`"
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)          # a forked process hangs in GNU OpenMP's thread pool, which stayed with its parent
     with contextlib.redirect_stdout(screen): train_job(dataclasses.replace(p, processes=1), out, job)

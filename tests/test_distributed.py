@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from browser import eventually
 from inpaint_lib import training
 from inpaint_lib.data import images
 
@@ -115,3 +116,15 @@ def test_two_processes_train_like_one(commanded, tmp_path):
 def test_a_bad_step_in_one_process_is_one_line(tmp_path):
     assert re.search(r"refused: step \d: loss term '\w+' is nan; stopped, the last checkpoint stays", launched(tmp_path, 4, 'width=0.05,lr=1e30'))
     assert 'nan' in json.loads((tmp_path/'started.json').read_text())['starts'][-1]['stopped']
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    "kill -9 of the notebook's process while its two processes train: they leave too, the folder is free, the run goes on"
+    import psutil
+    parent = subprocess.Popen([sys.executable, '-c', LAUNCHED, str(tmp_path), '3000', 'width=0.05'], cwd=SCRIPTS.parent.parent, stdout=subprocess.DEVNULL)
+    log = tmp_path/'log.jsonl'
+    assert eventually(lambda: log.exists() and log.stat().st_size, 60)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2 and training.in_use(tmp_path)
+    parent.kill(); parent.wait()
+    assert psutil.wait_procs(children, timeout=10)[1] == [] and not training.in_use(tmp_path)
