@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'PLANS', 'DataConfig', 'Stage', 'Part', 'Net', 'read_net',
            'data_place', 'weights_place', 'Job', 'prepare', 'train_job']
 
 # %% ../nbs/30_recipes.ipynb #207a687d
-import contextlib, dataclasses, difflib, hashlib, io, math, os, sys, threading, time
+import contextlib, dataclasses, difflib, hashlib, io, logging, math, os, signal, sys, threading, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -360,7 +360,7 @@ class EvaluateParameters:
     method_options:str = ''    # of the method: 'protocol=damaged'
     run:str = ''               # instead of a method: one training stage, as the folder of its run or its weights file
     checkpoints:str = ''       # networks of earlier stages that this stage needs: 'edge=PATH'
-    data_dir:str = 'builtin'   # held-out photograph, a folder, or a torchvision data set's name
+    data_dir:str = 'builtin'   # held-out photograph, a folder, shards, or a torchvision data set's name
     manifest:str = ''          # exactly these pictures of data_dir: the manifest.json of an earlier evaluation
     mask_dir:str = ''          # folder of masks; '' = drawn to hole-ratio bins from (seed, index)
     masks:str = ''             # instead of the bins: a kind of mask that 40_train knows, such as context_encoder (a hole in the middle)
@@ -388,10 +388,10 @@ def check_parameters(given:dict,  # name -> value: everything that the parameter
         given = {**given, k: _cast(k, v, fields[k].type)}
     return schema(**given)
 
-# %% ../nbs/30_recipes.ipynb #f3a00f42
+# %% ../nbs/30_recipes.ipynb #4cf865d8
 def _cast(name, v, want):
-    "`v` as type `want`: itself, an int for a float, the text of a number or of a truth value; `InputError` otherwise"
-    if type(v) is want or want is float and type(v) is int: return want(v)
+    "`v` as type `want`: itself, an int for a float or a text, the text of a number or of a truth value; `InputError` otherwise"
+    if type(v) is want or type(v) is int and want in (float, str): return want(v)          # a folder may be called 2024
     try:
         if isinstance(v, str): return {'true': True, 'false': False}[v.strip().lower()] if want is bool else want(v)
     except (KeyError, ValueError): pass           # the line below says what is wrong
@@ -487,15 +487,16 @@ class Job:
     identity:dict                  # must be the same when the run goes on
     meta:dict                      # kept with the weights: no paths of this machine
 
-# %% ../nbs/30_recipes.ipynb #f87c1ea8
+# %% ../nbs/30_recipes.ipynb #85040956
 def prepare(p:TrainParameters)->Job:
     "Everything that the parameters of 40_train describe. `InputError` for what isn't there or doesn't fit"
     net, run, data = build_run(p)
     rtv = {k: getattr(net.config, k) for k in ('lam', 'sigma', 'sharpness', 'iterations') if hasattr(net.config, k)}
     files = dict(folder=rooted(p.mask_dir)) if p.mask_dir else {}
     masks_of = mask_kinds.mask_sampler(data.masks, **files, **data.mask_options)
+    if 0 < p.keep_shards < 8: raise InputError(f'keep_shards is {p.keep_shards}; expected 8 or more (pictures of 4 shards are mixed, loaders run ahead), or 0 for all')
     source = images.open_source(data_place(p.data_dir), 'train', keep=p.keep_shards)
-    edges = images.open_source(data_place(p.guide_dir)) if p.guide_dir and not rtv else None
+    edges = images.open_source(data_place(p.guide_dir), keep=p.keep_shards) if p.guide_dir and not rtv else None
     smooth = structure.StructureCache(source, rooted(p.guide_dir), **rtv) if p.guide_dir and rtv else None
     dataset = images.PhotoDataset(source, data.size, masks_of, seed=run.seed, edges=edges, structures=smooth)
     meta = dict(preset=p.preset, data=_data_name(p.data_dir), data_config=dataclasses.asdict(data), photographs=len(source))
@@ -519,24 +520,28 @@ def _held_out(p, data, masks_of, seed):
     if data.masks == 'bins': samples['mask'] = torch.stack([torch.from_numpy(hole(i))[None].float() for i in range(len(samples['image']))])
     return samples
 
-# %% ../nbs/30_recipes.ipynb #cd9ce1be
+# %% ../nbs/30_recipes.ipynb #64557759
 def train_job(p:TrainParameters, out, job:Job|None=None)->TrainResult:
     "Train what the parameters describe, into folder `out`, in `p.processes` processes; `InputError`: bad input, also that of another process"
     if p.processes < 1: raise InputError(f'processes is {p.processes}; expected 1 or more')
     job = job or prepare(p)
     if p.processes > 1: _launch(p, out, job)                      # then all that is left to do here is to read what they made
     watch = health.watch_run(job.recipe, job.data, p.preset, out, begun_from=set(job.recipe.start) & set(RECIPES[p.recipe].takes)) if p.processes == 1 else None
-    return train(job.recipe, job.dataset, job.run, out, samples=job.samples, resume=p.resume, meta=job.meta, identity=job.identity, watch=watch)
+    return train(job.recipe, job.dataset, job.run, out, samples=job.samples, resume=p.resume if p.processes == 1 else 'auto', meta=job.meta, identity=job.identity, watch=watch)
 
-# %% ../nbs/30_recipes.ipynb #2bfaeec3
+# %% ../nbs/30_recipes.ipynb #dc332e56
 def _launch(p, out, job):
     "Train in several processes, forked from this one"
     from accelerate import notebook_launcher
+    from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     if 'WORLD_SIZE' in os.environ: raise InputError(f'processes is {p.processes} in a process that torchrun started; expected 1')
     if job.run.batch_size % (p.processes*job.run.accumulate):
         raise InputError(f'batch_size {job.run.batch_size} does not divide into {p.processes} processes x {job.run.accumulate} accumulation steps')
+    if torch.cuda.is_initialized(): raise InputError('processes can only be forked before this kernel has used a GPU; expected a restarted kernel')
+    AcceleratorState._reset_state(reset_partial_state=True)                  # of an earlier training in this kernel
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)    # one line says it, below
     screen = sys.stdout
     try:
         with patch_environment(omp_num_threads=1), contextlib.redirect_stdout(io.StringIO()):      # the launcher speaks of CUDAs, also on a CPU
@@ -544,10 +549,10 @@ def _launch(p, out, job):
     except ChildFailedError as e:
         said = e.get_first_failure()[1].message                      # a dict from a process that raised, words for one that was killed
         kind, _, line = (said['message'] if isinstance(said, dict) else said).partition(': ')
-        if kind in (InputError.__name__, TrainingStopped.__name__): raise InputError(line) from None
+        if kind in [k.__name__ for k in (InputError, TrainingStopped, images.ShardError)]: raise InputError(line) from None
         raise
 
-# %% ../nbs/30_recipes.ipynb #e9189bee
+# %% ../nbs/30_recipes.ipynb #efdecb05
 def _leave_with(parent):
     "End this process when its parent has ended: a group whose notebook was killed would wait for ever, and hold the folder's lock"
     while os.getppid() == parent: time.sleep(.5)
@@ -555,6 +560,7 @@ def _leave_with(parent):
 
 def _process(p, out, job, screen):
     "What each of several processes does; it prints to `screen`"
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)           # not what a notebook's kernel does
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)          # a forked process hangs in GNU OpenMP's thread pool, which stayed with its parent
     with contextlib.redirect_stdout(screen): train_job(dataclasses.replace(p, processes=1), out, job)

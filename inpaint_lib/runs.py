@@ -39,7 +39,7 @@ class Run:
     path:Path
     recipe:str = ''            # 'edge_connect.edge'
     preset:str = ''            # 'tiny', where the run was made by 40_train
-    state:str = 'interrupted'  # 'running': its lock is held; 'finished': it has run.json; 'stopped': by itself, a loss was not finite;
+    state:str = 'interrupted'  # 'running': its lock is held; 'finished': it has run.json; 'stopped': by itself, as by a loss that is not finite;
                                # 'unreadable': a folder that nobody may open
     step:int = 0               # of the last line of the log; one that goes on does so from the last checkpoint
     steps:int|None = None      # that are wanted

@@ -67,15 +67,16 @@ def test_two_processes_equal_one(name, cut, steps):
 
 
 LAUNCHED = ("import sys; from pathlib import Path; from inpaint_lib import recipes\n"
-            "p = recipes.TrainParameters(processes=2, device='cpu', seed=5, steps=int(sys.argv[2]), options=sys.argv[3], ema=.5)\n"
-            "try: print(len(recipes.train_job(p, Path(sys.argv[1])).records), 'records')\n"
-            "except recipes.InputError as e: print('refused:', e)")
+            "for n, steps in enumerate(sys.argv[3:]):\n"
+            "    p = recipes.TrainParameters(processes=2, device='cpu', seed=5, steps=int(steps), options=sys.argv[2], ema=.5, resume='auto' if n else 'never')\n"
+            "    try: print(len(recipes.train_job(p, Path(sys.argv[1])).records), 'records')\n"
+            "    except recipes.InputError as e: print('refused:', e)")
 
 
-def launched(folder, steps, options='width=0.05'):
-    "What is printed by a process that calls the notebook launcher, as 40_train with processes=2 does"
-    r = subprocess.run([sys.executable, '-c', LAUNCHED, str(folder), str(steps), options], capture_output=True, text=True, cwd=SCRIPTS.parent.parent)
-    assert r.returncode == 0, r.stderr[-3000:]
+def launched(folder, *steps, options='width=0.05'):
+    "What is printed by a process that calls the notebook launcher, as 40_train with processes=2 does, once for each number of steps"
+    r = subprocess.run([sys.executable, '-c', LAUNCHED, str(folder), options, *map(str, steps)], capture_output=True, text=True, cwd=SCRIPTS.parent.parent)
+    assert r.returncode == 0 and 'Traceback' not in r.stderr, r.stderr[-3000:]
     return r.stdout
 
 
@@ -98,8 +99,9 @@ def test_torchrun_trains_and_its_first_process_makes_the_report(commanded):
 
 
 def test_the_notebook_launcher_goes_on_and_equals_torchrun(commanded, tmp_path):
-    "3 + 3 steps by two forked processes = 6 steps by torchrun's two, bit for bit"
-    assert '3 records' in launched(tmp_path/'run', 3) and '6 records' in launched(tmp_path/'run', 6)
+    "3 + 3 steps by two forked processes, called twice in one kernel, = 6 steps by torchrun's two, bit for bit"
+    printed = launched(tmp_path/'run', 3, 6)
+    assert '3 records' in printed and '6 records' in printed
     a, b = (training.read_checkpoint(folder/'checkpoint.pt') for folder in (commanded, tmp_path/'run'))
     assert a['step'] == b['step'] == 6 and all(torch.equal(a[n][k], b[n][k]) for n in ('G', 'D', 'ema') for k in a[n])
     assert [s['processes'] for s in json.loads((tmp_path/'run'/'started.json').read_text())['starts']] == [2, 2]
@@ -114,14 +116,14 @@ def test_two_processes_train_like_one(commanded, tmp_path):
 
 
 def test_a_bad_step_in_one_process_is_one_line(tmp_path):
-    assert re.search(r"refused: step \d: loss term '\w+' is nan; stopped, the last checkpoint stays", launched(tmp_path, 4, 'width=0.05,lr=1e30'))
+    assert re.search(r"refused: step \d: loss term '\w+' is nan; stopped, the last checkpoint stays", launched(tmp_path, 4, options='width=0.05,lr=1e30'))
     assert 'nan' in json.loads((tmp_path/'started.json').read_text())['starts'][-1]['stopped']
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     "kill -9 of the notebook's process while its two processes train: they leave too, the folder is free, the run goes on"
     import psutil
-    parent = subprocess.Popen([sys.executable, '-c', LAUNCHED, str(tmp_path), '3000', 'width=0.05'], cwd=SCRIPTS.parent.parent, stdout=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, '-c', LAUNCHED, str(tmp_path), 'width=0.05', '3000'], cwd=SCRIPTS.parent.parent, stdout=subprocess.DEVNULL)
     log = tmp_path/'log.jsonl'
     assert eventually(lambda: log.exists() and log.stat().st_size, 60)
     children = psutil.Process(parent.pid).children(recursive=True)

@@ -231,3 +231,18 @@ def test_a_damaged_record_of_starts_does_not_stop_a_run(tmp_path, capsys):
     go(tmp_path, 4, **EDGE)
     assert 'its earlier starts are lost' in capsys.readouterr().out
     assert [s['step'] for s in json.loads((tmp_path/'started.json').read_text())['starts']] == [2]
+
+
+def test_a_refusal_takes_nothing_from_a_finished_run(tmp_path):
+    "More steps are wanted, but the log is damaged: weights, pictures and run.json stay"
+    go(tmp_path, 2, **EDGE); (tmp_path/'samples.png').touch()
+    (tmp_path/'log.jsonl').write_text('{"step": 1}\nno json\n{"step": 2}\n')
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    refused('log.jsonl', go, tmp_path, 4, **EDGE)
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+def test_temporary_files_of_other_runs_stay(tmp_path):
+    (tmp_path/'inner').mkdir(); others, own = tmp_path/'inner'/'.checkpoint.pt.x.tmp', tmp_path/'.checkpoint.pt.y.tmp'
+    others.touch(); own.touch(); go(tmp_path, 2, **EDGE)
+    assert others.exists() and not own.exists()

@@ -282,9 +282,10 @@ def _download(url, path, size):
         try:
             with atomic_write(path) as tmp:
                 with open(tmp, 'wb') as f: _copy(url, f)
-                f = open(tmp, 'rb'); came = os.fstat(f.fileno()).st_size
-                if size is None: _members(f, url)
-                elif came != size: raise ShardError(f'{url}: {came} bytes came; expected {size}, as when its pictures were listed')
+                if size not in (None, came := os.stat(tmp).st_size): raise ShardError(f'{url}: {came} bytes came; expected {size}, as when its pictures were listed; if it has changed, delete {path.parent}')
+                if size is None:
+                    with open(tmp, 'rb') as f: _members(f, url)
+                f = open(tmp, 'rb')
             return f
         except InputError as e:
             if pause is None: raise ShardError(f'{e}; tried three times') from None
@@ -329,7 +330,7 @@ class ShardImages:
                  keep:int=0):      # fetched shards that may lie there at a time; 0 = all
         if keep < 0: raise InputError(f'keep is {keep}; expected how many fetched shards stay on disk, 0 for all')
         self.shards, index = _list_shards(str(place))
-        key = hashlib.sha256(json.dumps([self.shards, index]).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps([[_bare(s) for s in self.shards], index]).encode()).hexdigest()[:12]    # a signature changes every day
         root = Path(cache or (checkout() or Path.cwd())/'data'/'downloads'/'shards')
         self.shelf = _Shelf(self.shards, root/key, keep)
         found = _list_pictures(self.shelf, index)
