@@ -1,40 +1,49 @@
 """Everything that must hold, in four parts: notebooks in step, notebooks run, tests pass, the browser's tests pass.
 
-Notebooks run as many at a time as there are cores, then pytest with as many workers, one file at a time each. The tests in
+Notebooks run as many at a time as there are cores, each in a process of its own, then pytest with as many workers, one file at a time each. The tests in
 a browser come last, alone: they draw with a mouse while a kernel works, and measure the way from one to the other.
 Prints why tests were skipped, and the ten slowest.
 """
 import concurrent.futures
+import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import browser
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tests'/'scripts'))
+import notebook_process
+
 BIN = Path(sys.executable).parent
 BROWSER = ROOT/'tests'/'test_browser.py'
 
 
-def run_notebook(path):
-    "One notebook's code cells in a fresh process, as nbdev_test runs them -> (seconds, passed, output)"
+def run_notebook(processes, path):
+    "One notebook's code cells as nbdev_test runs them, in a process forked from one that has torch -> (seconds, passed, output)"
     start = time.time()
-    env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='Agg')
-    r = subprocess.run([BIN/'nbdev_test', '--path', path, '--n_workers', '0'], cwd=ROOT, env=env,
-                       capture_output=True, text=True)
-    return time.time() - start, r.returncode == 0, r.stdout + r.stderr
+    with tempfile.TemporaryDirectory() as d:
+        p = processes.Process(target=notebook_process.main, args=(path, ROOT, Path(d)/'output'))
+        p.start(); p.join()
+        output = (Path(d)/'output').read_text(errors='replace') if (Path(d)/'output').exists() else ''
+    return time.time() - start, p.exitcode == 0, output
 
 
 def notebooks():
     "All notebooks, as many at a time as there are cores, longest numbers first -> [(seconds, name)], failures"
     paths = sorted((ROOT/'nbs').glob('*.ipynb'), reverse=True)
     times, failed = [], []
+    os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+    processes = multiprocessing.get_context('forkserver'); processes.set_forkserver_preload(notebook_process.PRELOAD)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, (seconds, passed, output) in zip(paths, pool.map(run_notebook, paths)):
+        for path, (seconds, passed, output) in zip(paths, pool.map(functools.partial(run_notebook, processes), paths)):
             times.append((seconds, f'nbs/{path.name}'))
             print(f'{"passed" if passed else "FAILED"} {seconds:5.1f} s  nbs/{path.name}', flush=True)
             if not passed: failed.append(path.name); print(output[-3000:])
