@@ -29,19 +29,41 @@ def pytest_runtest_setup():
     random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
 
 
-@pytest.fixture(scope='module')
-def papermill():
-    "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook). Each call is a process, forked from one that has papermill"
+@pytest.fixture()
+def run(capsys):
+    "A function: arguments -> (exit code, stdout, stderr) of the command `inpaint`; bad input is one line"
+    from inpaint_lib import cli
+    def run(*argv):
+        try: code = cli.main([str(a) for a in argv])
+        except SystemExit as e: code = e.code
+        out, err = capsys.readouterr()
+        assert code != 2 or (err.count('\n') == 1 and 'Traceback' not in err), err
+        return code, out, err
+    return run
+
+
+@pytest.fixture(scope='session')
+def begin_papermill():
+    "A function: notebook, output, file for stderr, working folder, parameters -> a process that has just begun, forked from one that has papermill"
     sys.path.insert(0, str(ROOT/'tests'/'scripts'))
     import papermill_process
     processes = multiprocessing.get_context('forkserver')
     processes.set_forkserver_preload(['papermill.__main__', 'papermill_process'])
-    def call(stem, out, **parameters):
-        target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
+    def begin(stem, target, err, folder, **parameters):
         command = ['--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
         for k, v in parameters.items(): command += ['-p', k, v]
         env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ['OMP_NUM_THREADS'])
-        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), out, env, err))
-        p.start(); p.join()
+        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), folder, env, err))
+        p.start()
+        return p
+    return begin
+
+
+@pytest.fixture(scope='module')
+def papermill(begin_papermill):
+    "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook)"
+    def call(stem, out, **parameters):
+        target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
+        p = begin_papermill(stem, target, err, out, **parameters); p.join()
         return p.exitcode, err.read_text(), target
     return call

@@ -30,17 +30,6 @@ def weights(tmp_path_factory): return save_tiny(tmp_path_factory.mktemp('w')/'w.
 
 
 @pytest.fixture()
-def run(capsys):
-    def run(*argv):
-        try: code = cli.main([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-        out, err = capsys.readouterr()
-        assert code != 2 or (err.count('\n') == 1 and 'Traceback' not in err), err
-        return code, out, err
-    return run
-
-
-@pytest.fixture()
 def files(tmp_path):
     "One picture, one mask"
     Image.fromarray(BASE).save(tmp_path/'a.png'); Image.fromarray((HOLE*255).astype(np.uint8)).save(tmp_path/'m.png')

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inpaint_lib import cli, recipes, training
+from inpaint_lib import recipes, training
 from inpaint_lib.core import InputError
 from inpaint_lib.data import images, masks
 from inpaint_lib.runs import as_rows, find_runs, last_records, read_run, runs_table
@@ -189,17 +189,6 @@ def test_the_table_fits_a_terminal(top):
     wide = runs_table(find_runs(top), top, width=500)
     assert all(word in wide for word in ('edge_connect.edge, tiny', 'x'*150, ', recall ', 'samples/step_0000006.png')) and '…' not in '\n'.join(wide.splitlines()[:2])
     assert max(map(len, runs_table(find_runs(top), top, width=100).splitlines())) <= 100
-
-
-@pytest.fixture()
-def run(capsys):
-    def run(*argv):
-        try: code = cli.main([str(a) for a in argv])
-        except SystemExit as e: code = e.code
-        out, err = capsys.readouterr()
-        assert code != 2 or (err.count('\n') == 1 and 'Traceback' not in err), err
-        return code, out, err
-    return run
 
 
 def test_the_command_lists(made, run, tmp_path, monkeypatch):

@@ -5,10 +5,8 @@ same run made here in one piece, by plain Python.
 """
 import functools
 import json
-import multiprocessing
 import random
 import re
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -44,20 +42,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def start():
+def start(begin_papermill):
     "A function: run folder, steps -> a `papermill` process on 40_train that has just begun (see `stderr` for what it says)"
-    sys.path.insert(0, str(ROOT/'tests'/'scripts'))
-    import papermill_process
-    processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload(['papermill.__main__', 'papermill_process'])
-    def begin(folder, steps):
-        command = ['--cwd', 'nbs', '--no-progress-bar', '--log-level', 'ERROR', 'nbs/40_train.ipynb', f'{folder}.ipynb']
-        for k, v in dict(LINE, out_dir=folder, steps=steps).items(): command += ['-p', k, str(v)]
-        env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS='1')
-        p = processes.Process(target=papermill_process.main, args=(command, ROOT, env, f'{folder}.stderr'))
-        p.start()
-        return p
-    return begin
+    return lambda folder, steps: begin_papermill('40_train', f'{folder}.ipynb', f'{folder}.stderr', ROOT, **dict(LINE, out_dir=folder, steps=steps))
 
 
 # ---------------------------------------------------------------- what a run has left
