@@ -146,14 +146,11 @@ def _absolute(name, value):
     return str(Path(value).resolve()) if is_path and value and there else value
 
 # %% ../nbs/34_cli.ipynb #ba1d346e
-def parameters(nb, given:dict, extra)->dict:  # given: from the options; extra: [(name, text)] of -p
-    "All parameters for a run, typed; `InputError` names one that the notebook does not have"
-    import papermill
-    from inpaint_lib.core import InputError
-    known = papermill.inspect_notebook(str(nb))
+def parameters(schema:type, given:dict, extra)->dict:  # schema: of the notebook; given: from the options; extra: [(name, text)] of -p
+    "All parameters for a run, typed; `InputError` names one that the notebook does not have, or a value of the wrong type"
+    from inpaint_lib.recipes import check_parameters
     values = {k: v for k, v in given.items() if v is not None} | {k: _absolute(k, typed(v)) for k, v in extra or ()}
-    for k in values:
-        if k not in known: raise InputError(f"{nb.name} has no parameter '{k}'; expected one of {', '.join(known)}")
+    check_parameters(values, schema)
     return values
 
 # %% ../nbs/34_cli.ipynb #f80a1602
@@ -187,9 +184,9 @@ def execute(nb:Path, out:Path, values:dict):
 def train(args):
     "Train a recipe"
     from inpaint_lib.core import InputError
+    from inpaint_lib.recipes import RECIPES, TrainParameters
     out, nb = Path(args.out or f'runs/{args.recipe}-{args.preset}').resolve(), notebook('40_train')
-    values = parameters(nb, dict(recipe=args.recipe, preset=args.preset, out_dir=str(out)), args.p)
-    from inpaint_lib.recipes import RECIPES
+    values = parameters(TrainParameters, dict(recipe=args.recipe, preset=args.preset, out_dir=str(out)), args.p)
     if values['recipe'] not in RECIPES: raise InputError(f"recipe '{values['recipe']}' is unknown; expected one of {', '.join(RECIPES)}")
     if int(os.environ.get('RANK', 0)): follow(values)            # torchrun's other processes train, the first one reports
     else: execute(nb, out, values)
@@ -206,6 +203,7 @@ def evaluate(args):
     "Measure a method, the weights of one, or a single training stage, by hole ratio"
     from inpaint_lib.core import InputError
     from inpaint_lib.inference import METHODS, weights_method, weights_stage
+    from inpaint_lib.recipes import EvaluateParameters
     what = args.checkpoint_or_method
     given = dict(method=what)
     if what not in METHODS:
@@ -214,7 +212,7 @@ def evaluate(args):
         if (stage := weights_stage(path)): what, given = stage, dict(run=path)
         else: what = weights_method(path); given = dict(method=what, checkpoint=path)
     out, nb = Path(args.out or f'runs/evaluate-{what}').resolve(), notebook('41_evaluate')
-    execute(nb, out, parameters(nb, given | dict(data_dir=_absolute('data_dir', args.data), out_dir=str(out)), args.p))
+    execute(nb, out, parameters(EvaluateParameters, given | dict(data_dir=_absolute('data_dir', args.data), out_dir=str(out)), args.p))
 
 # %% ../nbs/34_cli.ipynb #c88788ca
 def runs_folder(given)->Path:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PLANS', 'DataConfig', 'Stage', 'Part', 'Net', 'read_net', 'load_net', 'parse_nets', 'vgg_fields',
-           'shorten', 'uses_vgg', 'make_vgg', 'build', 'RunParameters', 'TrainParameters', 'EvaluateParameters',
-           'check_parameters', 'given_parameters', 'parse_options', 'parse_mask_options', 'build_run', 'rooted',
-           'data_place', 'weights_place', 'Job', 'prepare', 'train_job']
+           'shorten', 'stage_layers', 'uses_vgg', 'make_vgg', 'build', 'RunParameters', 'TrainParameters',
+           'EvaluateParameters', 'check_parameters', 'given_parameters', 'parse_options', 'stage_options',
+           'parse_mask_options', 'build_run', 'rooted', 'data_place', 'weights_place', 'Job', 'prepare', 'train_job']
 
 # %% ../nbs/30_recipes.ipynb #207a687d
 import contextlib, dataclasses, difflib, hashlib, io, logging, math, os, signal, sys, threading, time
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from . import health
-from .core import InputError, checkout, count_params, fingerprint, set_seed
+from .core import InputError, checkout, fingerprint, set_seed
 from .data import images, masks as mask_kinds, structure
 from .training import Recipe, TrainConfig, TrainResult, TrainingStopped, load_weights, train
 from .papers import context_encoder as ce, deepfill_v1 as d1, deepfill_v2 as d2, edge_connect as ec, partial_conv as pc, structural_inpainting as si, structure_flow as sf
@@ -217,6 +217,13 @@ def shorten(config, layers:str, preset:str)->tuple:
         raise InputError(f"vgg_layers '{layers}' leaves {empty[0]} without a layer; preset 'paper' needs at least one of {', '.join(fields[empty[0]])}")
     return dataclasses.replace(config, **short), f'VGG losses shortened to {layers}'
 
+# %% ../nbs/30_recipes.ipynb #5d0b7a12
+def stage_layers(stage:str, vgg_layers:str)->str:
+    "Of the layers that a VGG file holds those that this stage's losses look at, for `build`; '' if none is given or no loss looks at VGG"
+    s = _choose(RECIPES, stage, 'recipe')
+    used = {k for layers in vgg_fields(s.config(**s.fixed)).values() for k in layers} if s.vgg else ()
+    return ','.join(k.strip() for k in vgg_layers.split(',') if k.strip() in used)
+
 # %% ../nbs/30_recipes.ipynb #fbdc7eb3
 def uses_vgg(config)->bool:
     "Does a weight above 0 ask for features? They are called lambda_perc, lambda_style..., lambda_feat, lambda_correctness"
@@ -319,13 +326,9 @@ class RunParameters:
     seed:int = 0
     precision:str = 'fp32'     # or bf16
     device:str = 'auto'        # auto, cpu, cuda
-    accumulate:int = 1         # passes per update
     workers:int = -1           # processes that load data
     ema:float = -1.            # decay of the averaged generator
-    weights:str = 'fp32'       # of weights.safetensors: or fp16
     save_every:int = 0         # steps between checkpoints
-    channels_last:bool = False # memory layout that GPUs like in bf16 (44_benchmark measures it)
-    tensorboard:bool = False   # also write for TensorBoard, into out_dir/tensorboard
     keep_shards:int = 0        # streamed shards of data_dir that stay on this machine's disk, 8 or more; 0 = all
     processes:int = 1          # on this machine, one for each GPU; the batch is shared out
 
@@ -347,7 +350,7 @@ class TrainParameters(RunParameters):
     size:int = 0               # pixels of the square training picture
     masks:str = ''             # kind of mask: bins, free_form, block, center, random_region, partial_conv, edge_connect1, ...
     mask_options:str = ''      # of that kind: 'overlap=7', 'dilate=9+49'
-    options:str = ''           # changes to the paper's config: 'lr=0.0005,sigma=1,vgg_arch=vgg19'
+    options:str = ''           # changes to the paper's config and to TrainConfig: 'lr=0.0005,vgg_arch=vgg19,weights=fp16,tensorboard=true'
     vgg_weights:str = 'auto'   # auto (torchvision's), a file, none (preset tiny and smoke only)
     vgg_layers:str = ''        # shorten the losses to these layers: 'relu1_1,relu2_1'
 
@@ -383,10 +386,13 @@ def check_parameters(given:dict,  # name -> value: everything that the parameter
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for k, v in given.items():
         if k not in fields:
-            near = difflib.get_close_matches(k, fields, 1)
-            raise InputError(f"parameter '{k}' is unknown" + (f"; did you mean '{near[0]}'?" if near else f"; expected some of {', '.join(fields)}"))
+            option = issubclass(schema, TrainParameters) and k in _names(TrainConfig) and f"; expected it in options: options='{k}={str(v).lower()}'"
+            raise InputError(f"parameter '{k}' is unknown" + (option or _near(k, fields) or f"; expected some of {', '.join(fields)}"))
         given = {**given, k: _cast(k, v, fields[k].type)}
     return schema(**given)
+
+def _names(schema)->list: return [f.name for f in dataclasses.fields(schema)]
+def _near(name, names)->str: return ''.join(f"; did you mean '{n}'?" for n in difflib.get_close_matches(name, names, 1))
 
 # %% ../nbs/30_recipes.ipynb #4cf865d8
 def _cast(name, v, want):
@@ -409,16 +415,21 @@ def given_parameters(namespace:dict,  # globals() after the parameters cell and 
     return {k: namespace[k] for k in snapshot['given names']}
 
 # %% ../nbs/30_recipes.ipynb #10661f7c
-def parse_options(text:str, config:type)->dict:
-    "'sigma=1,betas=0+0.9' -> typed by the dataclass `config`; `InputError`: unknown names, bad values, vgg_weights (a parameter of its own)"
-    defaults, out = {f.name: f.default for f in dataclasses.fields(config)}, {}
+def parse_options(text:str, *schemas:type)->list:
+    "'sigma=1,log_every=5' -> for each dataclass the dict of its own, typed by its fields. `InputError`: unknown names, bad values, parameters of their own"
+    found, own = [{} for _ in schemas], _names(TrainParameters)
+    fields = {f.name: (f.default, out) for s, out in zip(schemas, found) for f in dataclasses.fields(s)}
     for pair in filter(None, (p.strip() for p in text.split(','))):
         k, eq, v = (part.strip() for part in pair.partition('='))
-        if k == 'vgg_weights': raise InputError(f"options: found '{pair}'; {k} is a parameter of its own")
-        if k not in defaults or not eq: raise InputError(f"options: found '{pair}', expected NAME=VALUE with a name among {', '.join(defaults)}")
-        try: out[k] = _typed(v, defaults[k])
-        except (KeyError, ValueError): raise InputError(f"options: {k} is '{v}', expected {_kind(defaults[k])}") from None
-    return out
+        if k in fields and k in own: raise InputError(f"options: found '{pair}'; {k} is a parameter of its own")
+        if k not in fields or not eq:
+            lists = ', or of '.join(f"{s.__name__} ({', '.join(n for n in _names(s) if n not in own)})" for s in schemas)
+            near = _near(k, fields) if k not in fields else ''
+            raise InputError(f"options: found '{pair}'{near or ','} expected NAME=VALUE with a name of {lists}")
+        default, out = fields[k]
+        try: out[k] = _typed(v, default)
+        except (KeyError, ValueError): raise InputError(f"options: {k} is '{v}', expected {_kind(default)}") from None
+    return found
 
 # %% ../nbs/30_recipes.ipynb #6a3435ac
 def _typed(text, like):
@@ -430,6 +441,16 @@ def _typed(text, like):
     return type(like)(text)
 
 def _kind(like): return f'{len(like)} values joined by +' if isinstance(like, tuple) else type(like).__name__
+
+# %% ../nbs/30_recipes.ipynb #5d0b7a15
+def stage_options(text:str, stage:str)->dict:
+    "What 'STAGE:NAME=VALUE,...; STAGE:...' changes in the config of `stage`, typed by it. `InputError`: unknown stages and names, bad values"
+    config, mine = _choose(RECIPES, stage, 'recipe').config, []
+    for name, _, options in (w.partition(':') for w in text.split(';') if w.strip()):
+        meant = [s for s in RECIPES if s == name.strip() or s.startswith(name.strip() + '.')]
+        if not meant: raise InputError(f"options: stage '{name.strip()}' is unknown; expected a name of RECIPES or its beginning")
+        if stage in meant: mine.append(options)
+    return parse_options(','.join(mine), config)[0]
 
 # %% ../nbs/30_recipes.ipynb #0b2b0f09
 def parse_mask_options(text:str)->dict:
@@ -449,12 +470,11 @@ def build_run(p:TrainParameters)->tuple:
     "(Recipe, TrainConfig, DataConfig) from a notebook's parameters; relative paths are taken from the checkout's root"
     given = lambda *names, none=(0, -1, ''): {k: getattr(p, k) for k in names if getattr(p, k) not in none}
     stage = _choose(RECIPES, p.recipe, 'recipe')
-    config = parse_options(p.options, stage.config)
+    config, numbers = parse_options(p.options, stage.config, TrainConfig)
     if p.guide_dir and hasattr(stage.config, 'lam') and config.get('guide', 'rtv') != 'rtv':
         raise InputError(f"guide_dir is '{p.guide_dir}', but guide={config['guide']} needs no smoothed photographs; expected ''")
     if stage.vgg: config |= dict(vgg_weights=weights_place(p.vgg_weights))
-    run = given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,))
-    run |= {k: getattr(p, k) for k in ('seed', 'precision', 'device', 'accumulate', 'weights', 'channels_last', 'tensorboard')}
+    run = numbers | given('steps', 'batch_size', 'save_every') | given('workers', 'ema', none=(-1,)) | given('seed', 'precision', 'device', none=())
     nets = {k: rooted(v) for k, v in parse_nets(p.checkpoints).items()}
     data = given('size', 'masks') | ({'mask_options': parse_mask_options(p.mask_options)} if p.mask_options else {})
     return build(p.recipe, p.preset, config=config, run=run, data=data, checkpoints=nets, vgg_layers=p.vgg_layers)

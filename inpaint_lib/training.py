@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .core import InputError, atomic_write, keyed_rng, pick_device, write_json
 
@@ -440,12 +440,13 @@ def locked(run_dir, wait:float=8.):
 
 # %% ../nbs/14_training.ipynb #63ce15a3
 def in_use(run_dir)->bool:
-    "Does a process train in `run_dir` now?"
-    from filelock import FileLock, Timeout
-    if not (Path(run_dir)/'.lock').exists(): return False
+    "Does a process train in `run_dir` now? Those who ask share the lock for a moment, so they do not take each other for a trainer"
+    import fcntl
     try:
-        with FileLock(Path(run_dir)/'.lock', timeout=0): return False
-    except Timeout: return True
+        with open(Path(run_dir)/'.lock', 'rb') as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError: return False
+    except BlockingIOError: return True
+    return False
 
 # %% ../nbs/14_training.ipynb #7cbe7a8c
 ENDED = ('weights.safetensors', 'run.json', 'samples.png', 'curves.png')     # what only a finished run has; the pictures are 40_train's

@@ -99,7 +99,10 @@ def test_a_picture_without_mask_is_named(files, weights, run):
     (('fill', 'empty', 'm.png', '--out', 'out'), 'no image in it'),
     (('fill', 'a.png', 'm.png'), '--out'),
     (('paint',), "invalid choice: 'paint'"), ((), 'required'),
-    (('train', 'edge_connect.edge', '-p', 'stepps', '3'), "no parameter 'stepps'"),
+    (('train', 'edge_connect.edge', '-p', 'stepps', '3'), "parameter 'stepps' is unknown; did you mean 'steps'?"),
+    (('train', 'edge_connect.edge', '-p', 'tensorboard', 'true'), "parameter 'tensorboard' is unknown; expected it in options: options='tensorboard=true'"),
+    (('train', 'edge_connect.edge', '-p', 'steps', 'many'), "parameter 'steps' is 'many' (str); expected int"),
+    (('evaluate', 'telea', '-p', 'mask', 'bins'), "parameter 'mask' is unknown; did you mean 'masks'?"),
     (('train', 'nosuch'), "recipe 'nosuch' is unknown; expected one of edge_connect.edge"),
     (('train', 'edge_connect.edge', '--preset', 'huge'), "invalid choice: 'huge'"),
     (('fill', 'a.png', 'm.png', '--out', 'o.png', '--option', 'composit=1'), "no option 'composit'; expected one of: composite_edges (True)"),
@@ -249,12 +252,12 @@ def test_help(command, run):
 def notebooks(tmp_path, monkeypatch):
     "Stand-ins for 40_train and 41_evaluate that only store or refuse their parameters"
     nbs = tmp_path/'nbs'; nbs.mkdir()
-    for name, params in {'40_train': "recipe, preset, out_dir, lr, data_dir, checkpoints = '', '', '', 0., '', ''",
+    for name, params in {'40_train': "recipe, preset, out_dir, ema, data_dir, checkpoints = '', '', '', 0., '', ''",
                          '41_evaluate': "method, checkpoint, run, data_dir, out_dir, manifest = '', '', '', 'builtin', '', ''"}.items():
         params = '\n'.join(f'{k.strip()} = {v.strip()}' for k, v in zip(*(s.split(',') for s in params.split(' = '))))
         keep = "import json, os, pathlib\nnames = {k: v for k, v in globals().items() if isinstance(v, (str, int, float)) and k[0] != '_'}\n" \
-               "class InputError(ValueError): pass\nif names.get('lr') == 14: names['nothing']\n" \
-               "if names.get('lr') == 13: raise InputError('lr is 13\\nand that is unlucky')\nprint('working in', os.path.basename(os.getcwd()))\n" \
+               "class InputError(ValueError): pass\nif names.get('ema') == 14: names['nothing']\n" \
+               "if names.get('ema') == 13: raise InputError('ema is 13\\nand that is unlucky')\nprint('working in', os.path.basename(os.getcwd()))\n" \
                "pathlib.Path(out_dir, 'got.json').write_text(json.dumps(names))"
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(params, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(keep)])
         nb.metadata.kernelspec = dict(name='python3', display_name='python3', language='python')
@@ -271,17 +274,17 @@ def got(path):
 
 def test_train_runs_the_notebook(notebooks, run):
     (notebooks/'photos').mkdir(); (notebooks/'e.safetensors').write_bytes(b'')
-    code, out, err = run('train', 'edge_connect.edge', '-p', 'lr', '1e-4', '-p', 'data_dir', 'photos', '-p', 'checkpoints', 'edge=e.safetensors', '--out', 'r')
+    code, out, err = run('train', 'edge_connect.edge', '-p', 'ema', '1e-4', '-p', 'data_dir', 'photos', '-p', 'checkpoints', 'edge=e.safetensors', '--out', 'r')
     assert code == 0 and 'working in nbs' in out and (notebooks/'r'/'40_train.ipynb').exists(), err
     g = got('r')
-    assert (g['recipe'], g['preset'], g['lr'], g['out_dir']) == ('edge_connect.edge', 'tiny', 1e-4, str(notebooks/'r'))
+    assert (g['recipe'], g['preset'], g['ema'], g['out_dir']) == ('edge_connect.edge', 'tiny', 1e-4, str(notebooks/'r'))
     assert g['data_dir'] == str(notebooks/'photos') and g['checkpoints'] == f'edge={notebooks}/e.safetensors'
-    code, _, err = run('train', 'edge_connect.edge', '-p', 'lr', '13')
-    assert code == 2 and 'lr is 13 (InputError' in err and (notebooks/'runs'/'edge_connect.edge-tiny'/'40_train.ipynb').exists()
+    code, _, err = run('train', 'edge_connect.edge', '-p', 'ema', '13')
+    assert code == 2 and 'ema is 13 (InputError' in err and (notebooks/'runs'/'edge_connect.edge-tiny'/'40_train.ipynb').exists()
 
 
 def test_a_bug_in_a_notebook_is_shown_as_one(notebooks, run):
-    code, _, err = run('train', 'edge_connect.edge', '-p', 'lr', '14')
+    code, _, err = run('train', 'edge_connect.edge', '-p', 'ema', '14')
     assert code == 1 and 'a bug in 40_train.ipynb, not in your input: KeyError' in err
     assert "names['nothing']" in err and "KeyError: 'nothing'" in err and '\x1b' not in err and err.count('\n') < 20
 

@@ -1,14 +1,20 @@
 "Names of recipes into networks: presets, what may be changed, what a run says of itself, and resuming the earlier papers"
+import dataclasses
+import re
+import shlex
 import shutil
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from inpaint_lib import recipes, training
+from inpaint_lib import cli, recipes, training
 from inpaint_lib.core import InputError, count_params
 from inpaint_lib.data import images, masks
 from tiny_weights import save_tiny, save_untrained
 
+ROOT = Path(__file__).resolve().parent.parent
 EARLY = ('context_encoder', 'context_encoder.center', 'structural_inpainting', 'structural_inpainting.center', 'partial_conv',
          'partial_conv.finetune')
 
@@ -156,3 +162,53 @@ def test_smoothed_photographs_are_for_a_guide_that_is_smoothed(tmp_path):
     given = dict(recipe='structure_flow.structure', guide_dir=str(tmp_path))
     assert recipes.build_run(recipes.TrainParameters(**given))[0].name == 'structure_flow.structure'
     with pytest.raises(InputError, match='guide=canny needs no smoothed photographs'): recipes.build_run(recipes.TrainParameters(**given, options='guide=canny'))
+
+
+def test_options_are_of_the_papers_config_and_of_the_run():
+    built = lambda **given: recipes.build_run(recipes.TrainParameters(vgg_weights='none', **given))
+    recipe, run, _ = built(options='lr=0.001,log_every=5,channels_last=True,min_lr=0.0001,betas=0.5+0.9', save_every=7)
+    assert (recipe.config.lr, recipe.config.betas) == (.001, (.5, .9)) and recipe.deviations == ['lr=0.001 (preset: 0.0003)', 'betas=(0.5, 0.9) (preset: (0.0, 0.9))']
+    assert (run.log_every, run.channels_last, run.min_lr, run.save_every) == (5, True, 1e-4, 7)
+    assert (run.weights, run.picture_every) == ('fp32', 100)                                  # TrainConfig's, and the preset's
+    for name in ('steps', 'batch_size', 'seed', 'precision', 'device', 'workers', 'ema', 'save_every'):
+        with pytest.raises(InputError, match=f"^options: found '{name}=1'; {name} is a parameter of its own$"): built(options=f'{name}=1')
+    with pytest.raises(InputError, match=r"^options: found 'wieghts=fp16'; did you mean 'weights'\? expected NAME=VALUE with a name of "
+                                         r'EdgeConnectConfig \(width, .*\), or of TrainConfig \(accumulate, .*tensorboard\)$'): built(options='wieghts=fp16')
+    with pytest.raises(InputError, match="^weights is 'fp8'; expected one of fp32, fp16$"): built(options='weights=fp8')
+
+
+def commands(file):
+    "(section, words behind `inpaint`) for each training line of a page, with the variables that the page defines; a section's own definition first"
+    known = {}
+    for section in re.split('^## ', (ROOT/file).read_text(), flags=re.M):
+        known |= dict(re.findall(r'`(\$[A-Z])` = `([^`]*)`', section))
+        for line in '\n'.join(re.findall('^```\n(.*?)^```', section, re.M | re.S)).replace('\\\n', ' ').splitlines():
+            while 'inpaint train' in line and '$' in line: line = re.sub(r'\$[A-Z]', lambda m: known[m[0]], line)
+            if 'inpaint train' in line: yield section.splitlines()[0], shlex.split(line.partition('inpaint ')[2], comments=True)
+
+
+def without_networks(monkeypatch, name):
+    "All that `build` checks before it makes networks, reads files or looks for VGG"
+    monkeypatch.setattr(recipes, 'read_net', lambda net, path: recipes.Net({}, {}, path))
+    monkeypatch.setattr(recipes, 'fingerprint', str)
+    monkeypatch.setattr(recipes, 'make_vgg', lambda config, preset, layers: (recipes.shorten(config, layers, preset)[0] if layers else config, None, []))
+    made = lambda config, nets, vgg: types.SimpleNamespace(config=config, deviations=[])
+    monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(recipes.RECIPES[name], make=made))
+
+
+@pytest.mark.parametrize('file, least', [('README.md', 2), ('data/weights/README.md', 35)])
+def test_every_printed_training_line_can_be_run(file, least, monkeypatch, tmp_path):
+    "Names, types, options, masks and networks; a network comes from a line above, and weights that ship are fp16"
+    monkeypatch.chdir(tmp_path)                                            # words are no paths there
+    found, folders, halves = list(commands(file)), {}, {}
+    assert len(found) >= least
+    for section, words in found:
+        args = cli.build_parser().parse_args(words)
+        p = recipes.TrainParameters(**cli.parameters(recipes.TrainParameters, dict(recipe=args.recipe, preset=args.preset), args.p))
+        assert {str(n) for n in recipes.parse_nets(p.checkpoints).values()} <= folders.setdefault(section, set()), (section, words)
+        folders[section].add(args.out)
+        without_networks(monkeypatch, p.recipe)
+        _, run, data = recipes.build_run(p)
+        masks.mask_sampler(data.masks, **data.mask_options)
+        halves[section] = run.weights
+    assert set(halves.values()) == {'fp32' if file == 'README.md' else 'fp16'}

@@ -205,12 +205,12 @@ def quoted(v): return repr(str(v))
 def test_a_job_that_is_stopped_in_jupyterlab_is_finished_by_a_schedule(lab, whole, tmp_path):
     "A job is made and stopped while it trains; a definition of the same run is made, listed, run to its end and deleted"
     folder, steps = tmp_path/'run', 60
-    given = dict(LINE, steps=steps, tensorboard=False, out_dir=str(folder))
+    given = dict(LINE, steps=steps, options=LINE['options'] + ',tensorboard=false', out_dir=str(folder))
     job = lab.ask('jobs', lab.form(**{k: repr(v) for k, v in given.items()}))['job_id']                   # steps = 60
     assert eventually(lambda: len(read_log(folder)) >= 2, 180), lab.said()
     lab.ask(f'jobs/{job}', dict(status='STOPPED'), 'PATCH')
     assert lab.ask(f'jobs/{job}')['status'] == 'STOPPED' and not (folder/'run.json').exists()
-    texts = {k: quoted(str(v).lower() if v is False else v) for k, v in given.items()}                   # steps = '60', tensorboard = 'false'
+    texts = {k: quoted(v) for k, v in given.items()}                                                     # steps = '60'
     made = lab.ask('job_definitions', lab.form(**texts) | dict(schedule='0 3 * * *', timezone='UTC'))['job_definition_id']
     listed, = lab.ask('job_definitions')['job_definitions']
     assert listed['job_definition_id'] == made and listed['schedule'] == '0 3 * * *' and listed['active']

@@ -1,6 +1,8 @@
 """Runs that are interrupted: mid-epoch, with workers, refused when they would go on wrongly. (Killed at any moment: test_scheduled.py.)"""
+import fcntl
 import json
 import random
+import threading
 
 import pytest
 import torch
@@ -224,6 +226,18 @@ def test_a_folder_in_use_is_refused_and_nothing_in_it_changes(tmp_path):
         assert training.in_use(tmp_path)
         refused('another process is training in this folder', go, tmp_path, 4, **EDGE)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} and not training.in_use(tmp_path)
+
+
+def test_readers_do_not_take_each_other_for_a_trainer(tmp_path):
+    "Somebody else asks at the same moment: still not in use. A trainer that starts then waits for the moment to pass"
+    with training.locked(tmp_path): pass
+    reader = open(tmp_path/'.lock', 'rb')
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    assert not training.in_use(tmp_path)
+    refused('another process is training', lambda: training.locked(tmp_path, wait=.1).__enter__())
+    leaves = threading.Timer(.2, reader.close); leaves.start()
+    with training.locked(tmp_path, wait=5.): assert training.in_use(tmp_path)
+    leaves.join(); assert not training.in_use(tmp_path)
 
 
 def test_a_damaged_record_of_starts_does_not_stop_a_run(tmp_path, capsys):
