@@ -1,0 +1,49 @@
+"""A plan of notebooks under a limit of time: cut off, gone on with, one step failing; real trainings, real processes."""
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def called(papermill, tmp_path_factory):
+    "The same plan in three calls: cut off within its first training; to its end, with a step that fails; once more"
+    out = tmp_path_factory.mktemp('campaign')
+    common = dict(out_dir=out/'steps', device='cpu', evaluations='built-in per_bin=1 size=128')
+    def call(plan, **more):
+        code, err, _ = papermill('47_campaign', out, plan=plan, **common, **more)
+        steps = json.loads((out/'steps'/'campaign.json').read_text())['steps']
+        return code, err.strip().splitlines()[-1] if err.strip() else '', steps
+    first = call('context_encoder preset=smoke folder=ce steps=100000 save_every=2', minutes=.28)
+    reached = torch.load(out/'steps'/'ce'/'train'/'checkpoint.pt', weights_only=True)['step']
+    plan = (f'context_encoder preset=smoke folder=ce steps={reached + 3} save_every=2; 40_train recipe=edge_connect.joint preset=smoke folder=joint;'
+            ' context_encoder preset=smoke folder=paced minutes=0.02')
+    return out/'steps', reached, first, call(plan), call(plan.replace('40_train recipe=edge_connect.joint preset=smoke folder=joint;', ''))
+
+
+def test_a_step_that_is_cut_off_goes_on_at_the_next_call(called):
+    out, reached, first, second, _ = called
+    assert first[0] == 0 and {k: s['state'] for k, s in first[2].items()} == {'ce/train': 'cut off', 'ce/on-built-in': 'waiting'}
+    done = second[2]['ce/train']
+    assert done['state'] == 'done' and done['steps'] == reached + 3
+    assert len(json.loads((out/'ce'/'train'/'started.json').read_text())['starts']) == 2
+    assert [json.loads(line)['step'] for line in (out/'ce'/'train'/'log.jsonl').read_text().splitlines()] == list(range(1, reached + 4))
+
+
+def test_a_step_that_fails_is_told_and_stops_no_other(called):
+    out, _, _, (code, line, steps), _ = called
+    assert code != 0 and "1 of 5 steps failed; joint: " in line and "needs the network 'edge'" in line
+    assert steps['joint']['state'].startswith('failed') and steps['paced/on-built-in']['state'] == 'done'
+    evaluation = steps['ce/on-built-in']
+    assert evaluation['l1_hole']['n'] == 6 and len(evaluation['protocol']) == 12 and str(out) not in (out/'campaign.json').read_text()
+
+
+def test_minutes_become_steps_by_the_measured_pace(called):
+    out, steps = called[0], called[3][2]
+    pace = json.loads((out/'paced'/'train'/'pace.json').read_text())
+    assert steps['paced/train']['steps'] == pace['steps'] == max(20, round(1.2/pace['seconds_per_step'])) and pace['seconds_per_step'] > 0
+
+
+def test_what_is_done_is_not_done_again(called):
+    _, _, _, second, (code, _, third) = called
+    assert code == 0 and {k: s for k, s in second[2].items() if k != 'joint'} == third
