@@ -1,20 +1,37 @@
-"""A plan of notebooks under a limit of time: cut off, gone on with, one step failing; real trainings, real processes."""
+"""A plan of notebooks under a limit of time: killed, cut off, gone on with, one step failing; real trainings, real processes."""
 import json
+import time
 
 import pytest
 import torch
 
+from inpaint_lib.training import in_use
+
+
+def waited_for(what, seconds=60):
+    "Is it so within that time?"
+    until = time.monotonic() + seconds
+    while not what() and time.monotonic() < until: time.sleep(.1)
+    return what()
+
+
+ENDLESS = 'context_encoder preset=smoke folder=ce steps=100000 save_every=2'
+
 
 @pytest.fixture(scope='module')
-def called(papermill, tmp_path_factory):
-    "The same plan in three calls: cut off within its first training; to its end, with a step that fails; once more"
+def called(papermill, begin_papermill, tmp_path_factory):
+    "The same plan in four calls: killed and cut off within its first training; to its end, with a step that fails; once more"
     out = tmp_path_factory.mktemp('campaign')
     common = dict(out_dir=out/'steps', device='cpu', evaluations='built-in per_bin=1 size=128')
+    begun = begin_papermill('47_campaign', out/'killed.ipynb', out/'killed.err', out, plan=ENDLESS, **common)
+    assert waited_for((out/'steps'/'ce'/'train'/'checkpoint.pt').exists)
+    begun.kill(); begun.join()
+    assert waited_for(lambda: not in_use(out/'steps'/'ce'/'train'), 10)           # neither kernel outlives it
     def call(plan, **more):
         code, err, _ = papermill('47_campaign', out, plan=plan, **common, **more)
         steps = json.loads((out/'steps'/'campaign.json').read_text())['steps']
         return code, err.strip().splitlines()[-1] if err.strip() else '', steps
-    first = call('context_encoder preset=smoke folder=ce steps=100000 save_every=2', minutes=.28)
+    first = call(ENDLESS, minutes=.28)
     reached = torch.load(out/'steps'/'ce'/'train'/'checkpoint.pt', weights_only=True)['step']
     plan = (f'context_encoder preset=smoke folder=ce steps={reached + 3} save_every=2; 40_train recipe=edge_connect.joint preset=smoke folder=joint;'
             ' context_encoder preset=smoke folder=paced minutes=0.02')
@@ -26,7 +43,7 @@ def test_a_step_that_is_cut_off_goes_on_at_the_next_call(called):
     assert first[0] == 0 and {k: s['state'] for k, s in first[2].items()} == {'ce/train': 'cut off', 'ce/on-built-in': 'waiting'}
     done = second[2]['ce/train']
     assert done['state'] == 'done' and done['steps'] == reached + 3
-    assert len(json.loads((out/'ce'/'train'/'started.json').read_text())['starts']) == 2
+    assert len(json.loads((out/'ce'/'train'/'started.json').read_text())['starts']) == 3
     assert [json.loads(line)['step'] for line in (out/'ce'/'train'/'log.jsonl').read_text().splitlines()] == list(range(1, reached + 4))
 
 
