@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SLOW = ('test_scheduled.py', 'test_runs.py', 'test_papermill.py', 'test_official.py', 'test_distributed.py', 'test_edge_connect.py', 'test_training.py', 'test_inference.py', 'test_recipes.py')
+SLOW = ('test_scheduled.py', 'test_campaign.py', 'test_compare.py', 'test_claims.py', 'test_papermill.py', 'test_runs.py', 'test_official.py', 'test_distributed.py', 'test_edge_connect.py', 'test_training.py', 'test_inference.py', 'test_recipes.py')
 
 
 def pytest_collection_modifyitems(items):
@@ -27,6 +27,14 @@ def pytest_runtest_setup():
     import numpy
     import torch
     random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
+
+
+def one_line(f, *args, error=None, **kw):
+    "The message of the error (`InputError`, or another) that `f` must raise"
+    from inpaint_lib.core import InputError
+    with pytest.raises(error or InputError) as e: f(*args, **kw)
+    assert '\n' not in str(e.value)
+    return str(e.value)
 
 
 @pytest.fixture()
@@ -44,16 +52,16 @@ def run(capsys):
 
 @pytest.fixture(scope='session')
 def begin_papermill():
-    "A function: notebook, output, file for stderr, working folder, parameters -> a process that has just begun, forked from one that has papermill"
+    """A function: notebook, output, file for stderr, working folder, parameters -> a process that has just begun, forked from one that has papermill.
+    `forked_kernel`: its kernel is forked from one that has torch (3 s of processor less), else started as ever"""
     sys.path.insert(0, str(ROOT/'tests'/'scripts'))
     import papermill_process
-    processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload(['papermill.__main__', 'papermill_process'])
-    def begin(stem, target, err, folder, **parameters):
+    processes = multiprocessing.get_context('forkserver'); processes.set_forkserver_preload(papermill_process.PRELOAD)
+    def begin(stem, target, err, folder, forked_kernel=False, **parameters):
         command = ['--cwd', ROOT/'nbs', '--no-progress-bar', '--log-level', 'ERROR', ROOT/'nbs'/f'{stem}.ipynb', target]
         for k, v in parameters.items(): command += ['-p', k, v]
         env = dict(MPLBACKEND='module://matplotlib_inline.backend_inline', OMP_NUM_THREADS=os.environ['OMP_NUM_THREADS'])
-        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), folder, env, err))
+        p = processes.Process(target=papermill_process.main, args=(list(map(str, command)), folder, env, err, forked_kernel))
         p.start()
         return p
     return begin
@@ -64,6 +72,6 @@ def papermill(begin_papermill):
     "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook)"
     def call(stem, out, **parameters):
         target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
-        p = begin_papermill(stem, target, err, out, **parameters); p.join()
+        p = begin_papermill(stem, target, err, out, forked_kernel=True, **parameters); p.join()
         return p.exitcode, err.read_text(), target
     return call

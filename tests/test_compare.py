@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tests'))
 import readme  # noqa: E402
 
-SMALL = dict(methods='context_encoder, edge_connect, telea', seeds=2, images_seen=40, batch_size=4, seconds=1.5)
+SMALL = dict(methods='context_encoder, edge_connect, telea', seeds=2, images_seen=40, batch_size=4, seconds=.8)
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +36,7 @@ def test_budgets_are_equal(compared):
         assert abs(images['methods'][m]['pictures'] - 40) <= 2*len(PLANS[m])       # half a batch for each stage
         paces = {p.stage: json.loads((compared/'pace'/f'{p.stage}.json').read_text())['seconds'] for p in PLANS[m]}
         for part, told in zip(PLANS[m], seconds['methods'][m]['stages']):
-            assert told['steps'] == max(1, round(part.share*1.5/paces[part.stage]))
+            assert told['steps'] == max(1, round(part.share*SMALL['seconds']/paces[part.stage]))
     steps = {m: sum(s['steps'] for s in r['stages']) for m, r in seconds['methods'].items()}
     assert steps['context_encoder'] > steps['edge_connect'] > 0 and images['methods']['telea']['pictures'] == 0
 

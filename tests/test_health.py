@@ -11,20 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import one_line
 from inpaint_lib import health, recipes
-from inpaint_lib.core import InputError
 from inpaint_lib.data.images import PhotoDataset, open_source
 from inpaint_lib.training import TrainConfig, TrainingStopped, train
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDS, FAILURES = ROOT/'figures'/'health.json', ROOT/'figures'/'health_failures.json'
 NOTEBOOK = [(c['cell_type'], ''.join(c['source'])) for c in json.loads((ROOT/'nbs'/'45_health.ipynb').read_text())['cells']]
-
-
-def refused(f, *args, **kw):
-    with pytest.raises(InputError) as e: f(*args, **kw)
-    assert '\n' not in str(e.value)
-    return str(e.value)
 
 
 @pytest.fixture(scope='module')
@@ -87,7 +81,7 @@ def test_next_look_is_eight_a_decade_and_always_later():
                                   '{"format": 1, "stages": {"a": [3]}}', '{"format": 1, "stages": {"a": 3}}'])
 def test_a_damaged_file_gives_one_line(text, tmp_path):
     (tmp_path/'health.json').write_text(text)
-    assert str(tmp_path) in refused(health.read_health, tmp_path/'health.json')
+    assert str(tmp_path) in one_line(health.read_health, tmp_path/'health.json')
 
 
 def test_a_cut_or_falsified_copy_of_the_committed_file_gives_one_line(tmp_path):
@@ -96,7 +90,7 @@ def test_a_cut_or_falsified_copy_of_the_committed_file_gives_one_line(tmp_path):
     for bad in (text[:len(text)//2], text.replace('"preset"', '"prest"', 1), re.sub(r'"steps": \[\d+', '"steps": ["many"', text, count=1),
                 text[:changed] + number.sub(r'[\1, "x", \2]', text[changed:], count=1)):
         assert bad != text
-        (tmp_path/'health.json').write_text(bad); refused(health.read_health, tmp_path/'health.json')
+        (tmp_path/'health.json').write_text(bad); one_line(health.read_health, tmp_path/'health.json')
 
 
 # the committed bands
@@ -178,9 +172,9 @@ def test_recorded_failures_get_their_line(name, symptom, recorded):
 
 
 def test_a_collapsing_critic_is_told_without_bands(study):
-    "A generator that can't follow: the Context Encoder's critic wins within 42 steps"
-    recipe, _, data = recipes.build('context_encoder', 'smoke', config=dict(width=.1, d2g=1000., lr=1e-5))
-    assert sections(lived(recipe, lambda rng, i, size: _box(size), 42, data.size)) == [health.SECTIONS['won']]
+    "A generator that can't follow: the Context Encoder's critic wins within 75 steps, by a wide margin at any seed"
+    recipe, _, data = recipes.build('context_encoder', 'smoke', config=dict(width=.1, d2g=1000., lr=6e-6))
+    assert sections(lived(recipe, lambda rng, i, size: _box(size), 75, data.size)) == [health.SECTIONS['won']]
 
 
 def test_critics_of_all_methods_are_known():

@@ -9,20 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import one_line
 from inpaint_lib import metrics, protocol
-from inpaint_lib.core import InputError, checkout
+from inpaint_lib.core import checkout
 from inpaint_lib.data import images, masks
 from inpaint_lib.protocol import EvaluationSet, paired_table
 
 GOLDEN = checkout()/'tests'/'golden'/'evaluation_builtin.json'
 ALL = images.BUILTIN_TRAIN + images.BUILTIN_HELD_OUT
-
-
-def one_line(f, *args, **kw):
-    "The message of the InputError that `f` must raise"
-    with pytest.raises(InputError) as e: f(*args, **kw)
-    assert '\n' not in str(e.value)
-    return str(e.value)
 
 
 def same(a, b):

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import one_line
 from inpaint_lib import recipes, training
 from inpaint_lib.core import InputError, keyed_rng
 from inpaint_lib.data import images, masks
@@ -37,13 +38,6 @@ def impatient(monkeypatch):
     "Three tries without the pauses between them, and no proxy on the way to this machine"
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setattr(images, '_PAUSES', (.05, .05))
-
-
-def one_line(f, *args, error=InputError, **kw):
-    "The message of the error that `f` must raise"
-    with pytest.raises(error) as e: f(*args, **kw)
-    assert '\n' not in str(e.value)
-    return str(e.value)
 
 
 def pack(path, files):

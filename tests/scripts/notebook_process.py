@@ -1,7 +1,7 @@
 "`nbdev_test --path NOTEBOOK --n_workers 0` in a process of its own that imports nothing heavy again: see tests/run_all.py"
 import os
 
-PRELOAD = ['torch', 'torch._dynamo', 'matplotlib.pyplot', 'nbdev.test', 'inpaint_lib.inference', 'inpaint_lib.recipes', 'notebook_process']
+PRELOAD = ['torch', 'torch._dynamo', 'matplotlib.pyplot', 'skimage.metrics', 'scipy.stats', 'torchmetrics.functional.image', 'nbdev.test', 'inpaint_lib.inference', 'inpaint_lib.recipes', 'notebook_process']
 
 
 def main(path, folder, output):
