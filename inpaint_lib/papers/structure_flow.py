@@ -86,8 +86,8 @@ def axis_taps(at:Tensor,  # (...) sample positions along one axis, in pixels
 
 # %% ../../nbs/26_papers.structure_flow.ipynb #f3694290
 def has_sparse(x:Tensor)->bool:
-    "Does torch have a fast sparse product for tensors like `x`?"
-    return x.device.type == 'cpu' and torch.backends.mkl.is_available()
+    "Does torch have a fast sparse product for tensors like `x`? Not on a GPU, and not for fake ones (torch 2.11 can't make their matrix)"
+    return x.device.type == 'cpu' and torch.backends.mkl.is_available() and type(x) is Tensor
 
 def _sparse(index, weights, columns):
     "(n,T) columns and weights of n rows as a sparse matrix (n,columns)"
