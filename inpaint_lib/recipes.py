@@ -384,23 +384,40 @@ def check_parameters(given:dict,  # name -> value: everything that the parameter
                     )->object:    # an instance of `schema`
     "Names and types against `schema`; `InputError` names the first parameter that is unknown or of the wrong type"
     fields = {f.name: f for f in dataclasses.fields(schema)}
+    options = _option_names(given.get('recipe')) if issubclass(schema, TrainParameters) else []
     for k, v in given.items():
-        if k not in fields:
-            option = issubclass(schema, TrainParameters) and k in _names(TrainConfig) and f"; expected it in options: options='{k}={str(v).lower()}'"
-            raise InputError(f"parameter '{k}' is unknown" + (option or _near(k, fields) or f"; expected some of {', '.join(fields)}"))
+        if k not in fields: raise InputError(f"parameter '{k}' is unknown" + _instead(k, v, fields, options))
         given = {**given, k: _cast(k, v, fields[k].type)}
     return schema(**given)
 
 def _names(schema)->list: return [f.name for f in dataclasses.fields(schema)]
-def _near(name, names)->str: return ''.join(f"; did you mean '{n}'?" for n in difflib.get_close_matches(name, names, 1))
+
+def _option_names(recipe)->list:
+    "What may stand in `options`: of this recipe, or of all recipes if it is none"
+    stages = [s for name, s in RECIPES.items() if name == recipe] or RECIPES.values()
+    names = {n for s in stages for n in (*_names(s.config), *_names(TrainConfig)) if n not in s.fixed}
+    return sorted(names - set(_names(TrainParameters)))
+
+# %% ../nbs/30_recipes.ipynb #d908fe32
+def _nearest(name, names)->str:
+    "The one of `names` that `name` resembles most, '' if it resembles none; capitals don't count"
+    small = {n.lower(): n for n in names}
+    return ''.join(small[n] for n in difflib.get_close_matches(name.lower(), small, 1))
+
+def _instead(name, v, fields, options)->str:
+    "What was meant by a parameter that is unknown: another one, or an option"
+    near = _nearest(name, [*fields, *options])
+    mean = f"; did you mean '{near}'?" if near not in ('', name) else ''
+    if near in options: return f"{mean or ';'} expected it in options: options='{near}={str(v).lower()}'"
+    return mean or f"; expected some of {', '.join(fields)}"
 
 # %% ../nbs/30_recipes.ipynb #4cf865d8
 def _cast(name, v, want):
-    "`v` as type `want`: itself, an int for a float or a text, the text of a number or of a truth value; `InputError` otherwise"
+    "`v` as type `want`: itself, an int for a float or a text, the text of a number; `InputError` otherwise"
     if type(v) is want or type(v) is int and want in (float, str): return want(v)          # a folder may be called 2024
     try:
-        if isinstance(v, str): return {'true': True, 'false': False}[v.strip().lower()] if want is bool else want(v)
-    except (KeyError, ValueError): pass           # the line below says what is wrong
+        if isinstance(v, str): return want(v)
+    except ValueError: pass           # the line below says what is wrong
     raise InputError(f"parameter '{name}' is {v!r} ({type(v).__name__}); expected {want.__name__}")
 
 # %% ../nbs/30_recipes.ipynb #0941aaa3
@@ -416,17 +433,19 @@ def given_parameters(namespace:dict,  # globals() after the parameters cell and 
 
 # %% ../nbs/30_recipes.ipynb #10661f7c
 def parse_options(text:str, *schemas:type)->list:
-    "'sigma=1,log_every=5' -> for each dataclass the dict of its own, typed by its fields. `InputError`: unknown names, bad values, parameters of their own"
+    "'sigma=1,log_every=5' -> for each dataclass the dict of its own, typed by its fields. `InputError`: unknown names and repeated ones, bad values, parameters of their own"
     found, own = [{} for _ in schemas], _names(TrainParameters)
     fields = {f.name: (f.default, out) for s, out in zip(schemas, found) for f in dataclasses.fields(s)}
     for pair in filter(None, (p.strip() for p in text.split(','))):
         k, eq, v = (part.strip() for part in pair.partition('='))
-        if k in fields and k in own: raise InputError(f"options: found '{pair}'; {k} is a parameter of its own")
+        if k in own: raise InputError(f"options: found '{pair}'; {k} is a parameter of its own")
         if k not in fields or not eq:
             lists = ', or of '.join(f"{s.__name__} ({', '.join(n for n in _names(s) if n not in own)})" for s in schemas)
-            near = _near(k, fields) if k not in fields else ''
-            raise InputError(f"options: found '{pair}'{near or ','} expected NAME=VALUE with a name of {lists}")
+            near = _nearest(k, [*fields, *own]) if k not in fields else ''
+            mean = f'; {near} is a parameter of its own;' if near in own else f"; did you mean '{near}'?" if near else ','
+            raise InputError(f"options: found '{pair}'{mean} expected NAME=VALUE with a name of {lists}")
         default, out = fields[k]
+        if k in out: raise InputError(f"options: found '{pair}' after {k}={out[k]}; expected each name once")
         try: out[k] = _typed(v, default)
         except (KeyError, ValueError): raise InputError(f"options: {k} is '{v}', expected {_kind(default)}") from None
     return found
@@ -445,12 +464,12 @@ def _kind(like): return f'{len(like)} values joined by +' if isinstance(like, tu
 # %% ../nbs/30_recipes.ipynb #5d0b7a15
 def stage_options(text:str, stage:str)->dict:
     "What 'STAGE:NAME=VALUE,...; STAGE:...' changes in the config of `stage`, typed by it. `InputError`: unknown stages and names, bad values"
-    config, mine = _choose(RECIPES, stage, 'recipe').config, []
+    config, mine = _choose(RECIPES, stage, 'recipe').config, {}
     for name, _, options in (w.partition(':') for w in text.split(';') if w.strip()):
         meant = [s for s in RECIPES if s == name.strip() or s.startswith(name.strip() + '.')]
         if not meant: raise InputError(f"options: stage '{name.strip()}' is unknown; expected a name of RECIPES or its beginning")
-        if stage in meant: mine.append(options)
-    return parse_options(','.join(mine), config)[0]
+        if stage in meant: mine |= parse_options(options, config)[0]
+    return mine
 
 # %% ../nbs/30_recipes.ipynb #0b2b0f09
 def parse_mask_options(text:str)->dict:

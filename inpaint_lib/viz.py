@@ -72,7 +72,7 @@ GAP, TITLE, LINE, LABEL = .06, .26, .14, .9  # inches between pictures, for titl
 def _broken(text, width, fontsize):
     "`text` in lines that fit into `width` inches, by the usual width of a letter; words stay whole"
     letters = max(4, int(72*width/(.56*fontsize)))
-    return '\n'.join(line for part in text.split('\n') for line in textwrap.wrap(part, letters, break_long_words=False) or [''])
+    return '\n'.join(line for part in str(text).split('\n') for line in textwrap.wrap(part, letters, break_long_words=False) or [''])
 
 # %% ../nbs/05_viz.ipynb #03694fe1
 def image_rows(rows:list,      # of dict: title -> picture, as `to_picture` takes it

@@ -70,8 +70,8 @@ def begin_papermill():
 @pytest.fixture(scope='module')
 def papermill(begin_papermill):
     "A function: notebook, folder, parameters -> (exit code, stderr, executed notebook)"
-    def call(stem, out, **parameters):
+    def call(stem, out, forked_kernel=True, **parameters):
         target, err = out/f'{stem}.ipynb', out/f'{stem}.stderr'
-        p = begin_papermill(stem, target, err, out, forked_kernel=True, **parameters); p.join()
+        p = begin_papermill(stem, target, err, out, forked_kernel, **parameters); p.join()
         return p.exitcode, err.read_text(), target
     return call

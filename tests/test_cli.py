@@ -101,6 +101,7 @@ def test_a_picture_without_mask_is_named(files, weights, run):
     (('paint',), "invalid choice: 'paint'"), ((), 'required'),
     (('train', 'edge_connect.edge', '-p', 'stepps', '3'), "parameter 'stepps' is unknown; did you mean 'steps'?"),
     (('train', 'edge_connect.edge', '-p', 'tensorboard', 'true'), "parameter 'tensorboard' is unknown; expected it in options: options='tensorboard=true'"),
+    (('train', 'edge_connect.edge', '-p', 'lr', '0.01'), "parameter 'lr' is unknown; expected it in options: options='lr=0.01'"),
     (('train', 'edge_connect.edge', '-p', 'steps', 'many'), "parameter 'steps' is 'many' (str); expected int"),
     (('evaluate', 'telea', '-p', 'mask', 'bins'), "parameter 'mask' is unknown; did you mean 'masks'?"),
     (('train', 'nosuch'), "recipe 'nosuch' is unknown; expected one of edge_connect.edge"),

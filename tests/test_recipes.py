@@ -12,6 +12,7 @@ import torch
 from inpaint_lib import cli, recipes, training
 from inpaint_lib.core import InputError, count_params
 from inpaint_lib.data import images, masks
+from conftest import one_line
 from tiny_weights import save_tiny, save_untrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +176,28 @@ def test_options_are_of_the_papers_config_and_of_the_run():
     with pytest.raises(InputError, match=r"^options: found 'wieghts=fp16'; did you mean 'weights'\? expected NAME=VALUE with a name of "
                                          r'EdgeConnectConfig \(width, .*\), or of TrainConfig \(accumulate, .*tensorboard\)$'): built(options='wieghts=fp16')
     with pytest.raises(InputError, match="^weights is 'fp8'; expected one of fp32, fp16$"): built(options='weights=fp8')
+
+
+@pytest.mark.parametrize('name', recipes.RECIPES)
+def test_what_is_suggested_is_not_refused(name):
+    "Each name of the config and of the trainer, misspelt as an option and given as a parameter"
+    config, own = recipes.RECIPES[name].config, {f.name for f in dataclasses.fields(recipes.TrainParameters)}
+    names = {f.name for s in (config, training.TrainConfig) for f in dataclasses.fields(s)}
+    for k in names | own:
+        for wrong in {k.upper(), k + 's', k[:-1]} - names - own:
+            line = one_line(recipes.parse_options, f'{wrong}=1', config, training.TrainConfig)
+            assert not (own & set(re.findall("did you mean '(.*?)'", line))), line
+            if wrong == k.upper(): assert (f'; {k} is a parameter of its own; expected' if k in own else f"; did you mean '{k}'? expected") in line
+    for k in own: assert one_line(recipes.parse_options, f'{k}=1', config) == f"options: found '{k}=1'; {k} is a parameter of its own"
+    for k in names - own - set(recipes.RECIPES[name].fixed):
+        line = one_line(recipes.check_parameters, {'recipe': name, k: 1}, recipes.TrainParameters)
+        assert line == f"parameter '{k}' is unknown; expected it in options: options='{k}=1'"
+
+
+def test_a_name_counts_once():
+    assert one_line(recipes.build_run, recipes.TrainParameters(options='lr=0.1,lr=0.2')) == "options: found 'lr=0.2' after lr=0.1; expected each name once"
+    assert recipes.stage_options('edge_connect:lr=0.1; edge_connect.joint:lr=0.2', 'edge_connect.joint') == dict(lr=.2)
+    assert one_line(recipes.stage_options, 'edge_connect:lr=0.1,lr=0.2', 'edge_connect.joint').startswith("options: found 'lr=0.2' after lr=0.1")
 
 
 def commands(file):

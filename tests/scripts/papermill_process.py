@@ -38,6 +38,11 @@ def begin_kernel(orders):
     try: command, folder, environment = orders.recv()
     except EOFError: os._exit(0)                                        # papermill has ended without a kernel
     os.chdir(folder); os.environ.clear(); os.environ.update(environment)
+    import random
+
+    import numpy
+    import torch
+    random.seed(); numpy.random.seed(); torch.seed()                    # from the system, as in a process that is not forked
     sys.argv = command[2:]
     runpy.run_module('ipykernel_launcher', run_name='__main__', alter_sys=True)
     sys.exit()
