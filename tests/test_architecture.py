@@ -130,3 +130,9 @@ def test_parameters_of_the_papermill_notebooks_match_their_schema():
         cell = next(c for c in cells(ROOT/'nbs'/f'{stem}.ipynb') if c['metadata'].get('tags') == ['parameters'])
         given = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source(cell)).body}
         assert given == {f.name: f.default for f in dataclasses.fields(schema)}
+
+
+def test_modules_import_only_what_they_use():
+    "An import for a cell that is not exported belongs into a cell that is not exported"
+    r = subprocess.run([Path(sys.executable).parent/'ruff', 'check', '--quiet', '--select', 'F401', ROOT/'inpaint_lib'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr
